@@ -1,0 +1,185 @@
+"""Finds the compiled library once and decides, per op, device, dtype and kernel size, which implementation runs.
+
+Nothing above this file asks what device a tensor is on. Adding a back end is adding a ``Backend``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHOICES = ("auto", "reference", "cpu", "triton", "cuda")
+
+
+class FallbackWarning(UserWarning):
+    """A call that a fused kernel was expected to serve runs the PyTorch reference instead."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What the choice of an implementation depends on."""
+
+    op: str
+    device: str
+    dtype: torch.dtype
+    kernel_size: int | None  # None for element-wise ops
+
+
+@dataclass
+class Backend:
+    name: str
+    devices: tuple[str, ...]
+    unavailable: str | None  # why it cannot be used at all, or None
+    implementations: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    build_info: dict[str, Any] = field(default_factory=dict)
+
+    def refuses(self, call: Call) -> str | None:
+        """Why this back end does not take the call, or ``None`` if it does."""
+        if call.device not in self.devices:
+            return f"serves {' and '.join(self.devices)} tensors, not {call.device}"
+        if self.unavailable is not None:
+            return self.unavailable
+        if call.op not in self.implementations:
+            return f"has no kernel for {call.op}"
+        if call.kernel_size is not None and call.kernel_size not in (1, 3, 5):
+            return f"has kernels for k in {{1, 3, 5}}, not {call.kernel_size}"
+        return None
+
+
+def _load_cpu() -> Backend:
+    try:
+        native = importlib.import_module("robust_node_fast._C")
+    except ImportError as error:
+        return Backend("cpu", ("cpu",), f"the compiled library is missing ({error}); reinstall with a C++17 compiler")
+    from robust_node_fast import _cpu
+
+    return Backend("cpu", ("cpu",), None, _cpu.IMPLEMENTATIONS, native.build_info())
+
+
+_BACKENDS: dict[str, Backend] = {
+    "cpu": _load_cpu(),
+    "cuda": Backend("cuda", ("cuda",), "this release has no CUDA C++ kernels"),
+    "triton": Backend("triton", ("cuda",), "this release has no Triton kernels"),
+}
+_REFERENCE: dict[str, Callable[..., Any]] = {}  # filled by _ops.py, which owns the contract
+_chosen = "auto"
+_resolved: dict[Call, Callable[..., Any]] = {}
+_warned: set[str] = set()
+
+
+def register_reference(op: str, implementation: Callable[..., Any]) -> None:
+    """The default of an op: plain PyTorch, any device, dtype and shape."""
+    _REFERENCE[op] = implementation
+
+
+def implementation(op: str, tensor: Tensor, kernel_size: int | None) -> Callable[..., Any]:
+    """The callable that runs ``op`` for tensors like this one."""
+    call = Call(op, tensor.device.type, tensor.dtype, kernel_size)
+    try:
+        return _resolved[call]
+    except KeyError:
+        name, why_not = _resolve(call)
+        if name != "reference":
+            function = _BACKENDS[name].implementations[op]
+        elif _chosen == "reference":
+            function = _REFERENCE[op]
+        else:
+            function = _loud_reference(call, why_not)
+        _resolved[call] = function
+        return function
+
+
+def _resolve(call: Call) -> tuple[str, dict[str, str]]:
+    """Name of the implementation, and for each other candidate why it was passed over."""
+    why_not: dict[str, str] = {}
+    if _chosen == "reference":
+        return "reference", {name: 'set_backend("reference") was called' for name in _BACKENDS}
+    for name, backend in _BACKENDS.items():
+        if _chosen not in ("auto", name):
+            why_not[name] = f'set_backend("{_chosen}") was called'
+            continue
+        reason = backend.refuses(call)
+        if reason is None:
+            return name, why_not
+        why_not[name] = reason
+    return "reference", why_not
+
+
+def _loud_reference(call: Call, why_not: dict[str, str]) -> Callable[..., Any]:
+    """The reference, saying once why it runs; with ``RNF_STRICT=1`` an error instead."""
+    relevant = {
+        name: reason
+        for name, reason in why_not.items()
+        if call.device in _BACKENDS[name].devices or _chosen == name or not _serves(call.device)
+    }
+    reasons = "; ".join(f"{name} {reason}" for name, reason in relevant.items())
+    message = f"{call.op} on {call.device} runs the PyTorch reference: {reasons}"
+
+    def run(*args: Any) -> Any:
+        if os.environ.get("RNF_STRICT") == "1":
+            raise RuntimeError(f"{message} (RNF_STRICT=1)")
+        if reasons not in _warned:
+            _warned.add(reasons)
+            warnings.warn(message, FallbackWarning, stacklevel=2)
+        return _REFERENCE[call.op](*args)
+
+    return run
+
+
+def _serves(device: str) -> bool:
+    return any(device in backend.devices for backend in _BACKENDS.values())
+
+
+def set_backend(name: str) -> None:
+    """Choose the implementation of every op from now on, in the whole process.
+
+    Args:
+        name: ``"auto"`` (the best there is), ``"reference"`` (plain PyTorch), ``"cpu"``, ``"triton"`` or ``"cuda"``.
+            The environment variable ``RNF_BACKEND`` sets it at import.
+
+    Raises:
+        ValueError: unknown name.
+        RuntimeError: that back end cannot be used on this machine; the message says why.
+    """
+    global _chosen
+    if name not in CHOICES:
+        raise ValueError(f"backend={name!r} is unknown, expected one of {', '.join(map(repr, CHOICES))}")
+    if name in _BACKENDS and _BACKENDS[name].unavailable is not None:
+        raise RuntimeError(f"backend {name!r} cannot be used: {_BACKENDS[name].unavailable}")
+    _chosen = name
+    _resolved.clear()
+
+
+def backend_info() -> dict[str, Any]:
+    """Which implementation each op would use on each device (float32, k = 3), and why not the others."""
+    from robust_node_fast import __version__
+
+    ops: dict[str, dict[str, Any]] = {}
+    for op in _REFERENCE:
+        ops[op] = {}
+        for device in ("cpu", "cuda"):
+            name, why_not = _resolve(Call(op, device, torch.float32, 3))
+            ops[op][device] = {"implementation": name, "why_not": why_not}
+    return {
+        "robust_node_fast": __version__,
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "backend": _chosen,
+        "strict": os.environ.get("RNF_STRICT") == "1",
+        "backends": {
+            name: {"available": backend.unavailable is None, "reason": backend.unavailable, **backend.build_info}
+            for name, backend in _BACKENDS.items()
+        },
+        "ops": ops,
+    }
+
+
+set_backend(os.environ.get("RNF_BACKEND", "auto"))

@@ -1,0 +1,329 @@
+"""THE contract: every op's schema, fake kernel, autograd and autocast rule in one file.
+
+One road: ``functional`` -> these ops -> dispatcher -> the implementation that ``_backends`` picks (compiled library or
+``reference``); backward is an op on the same road. The package works without any compiled library.
+
+Shapes: B batch, C channels, N steps, k odd kernel. ``weight`` is ``(N, C, C, k, k)``, or ``(C, C, k, k)`` for shared
+weights; ``n_steps`` is always given. An output that ``output_mask`` does not want is an empty tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from robust_node_fast import _backends, _layout, reference
+
+NAMESPACE = "robust_node_fast"
+
+_SCHEMAS = {
+    "smooth_leaky_relu": "(Tensor input, float negative_slope) -> Tensor",
+    "smooth_leaky_relu_backward": "(Tensor grad_output, Tensor input, float negative_slope) -> Tensor",
+    "euler_conv_step": "(Tensor input, Tensor weight, Tensor? bias, float step_size, float negative_slope) -> Tensor",
+    "euler_conv_step_backward": (
+        "(Tensor grad_output, Tensor input, Tensor weight, Tensor? bias, float step_size, float negative_slope, "
+        "bool[3] output_mask) -> (Tensor, Tensor, Tensor)"
+    ),
+    "euler_conv_flow": (
+        "(Tensor input, Tensor weight, Tensor? bias, float step_size, float negative_slope, SymInt n_steps, "
+        "bool return_trajectory) -> Tensor"
+    ),
+    "euler_conv_flow_backward": (
+        "(Tensor grad_output, Tensor input, Tensor weight, Tensor? bias, float step_size, float negative_slope, "
+        "SymInt n_steps, bool return_trajectory, bool[3] output_mask) -> (Tensor, Tensor, Tensor)"
+    ),
+    "contraction_penalty": (
+        "(Tensor weight, float rate, float slope_low, float slope_high, str norm, str reduction) -> (Tensor, Tensor)"
+    ),
+    "contraction_penalty_backward": "(Tensor grad_output, Tensor weight, Tensor coefficients) -> Tensor",
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reference implementations with the ops' positional signatures and the ops' output layouts
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _reference_flow(
+    input: Tensor, weight: Tensor, bias: Tensor | None, step_size: float, negative_slope: float, n_steps: int, all_: bool
+) -> Tensor:
+    return reference.euler_conv_flow(
+        input,
+        weight,
+        bias,
+        step_size=step_size,
+        negative_slope=negative_slope,
+        n_steps=n_steps,
+        return_trajectory=all_,
+    )
+
+
+def _reference_step(
+    input: Tensor, weight: Tensor, bias: Tensor | None, step_size: float, negative_slope: float
+) -> Tensor:
+    return reference.euler_conv_step(input, weight, bias, step_size=step_size, negative_slope=negative_slope)
+
+
+def _reference_step_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    step_size: float,
+    negative_slope: float,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    return reference.euler_conv_flow_backward(
+        grad_output, input, weight, bias, step_size, negative_slope, 1, False, output_mask
+    )
+
+
+def _reference_penalty(
+    weight: Tensor, rate: float, slope_low: float, slope_high: float, norm: str, reduction: str
+) -> tuple[Tensor, Tensor]:
+    return reference.penalty_coefficients(weight, rate, (slope_low, slope_high), norm, reduction)
+
+
+_DIFFERENTIABLE: dict[str, Callable[..., Any]] = {
+    "smooth_leaky_relu": reference.smooth_leaky_relu,
+    "smooth_leaky_relu_backward": reference.smooth_leaky_relu_backward,
+    "euler_conv_step": _reference_step,
+    "euler_conv_step_backward": _reference_step_backward,
+    "euler_conv_flow": _reference_flow,
+    "euler_conv_flow_backward": reference.euler_conv_flow_backward,
+    "contraction_penalty": _reference_penalty,
+    "contraction_penalty_backward": reference.contraction_penalty_backward,
+}
+
+
+def _in_fake_layout(name: str, *args: Any) -> Any:
+    """The reference's result, copied where PyTorch chose other strides than the contract promises."""
+    results = _DIFFERENTIABLE[name](*args)
+    templates = _FAKES[name](*args)
+    single = isinstance(results, Tensor)
+    placed = [
+        result if result.stride() == template.stride() and not _aliases(result, args) else template.copy_(result)
+        for result, template in zip(
+            (results,) if single else results, (templates,) if single else templates, strict=True
+        )
+    ]
+    return placed[0] if single else tuple(placed)
+
+
+def _aliases(result: Tensor, args: Sequence[Any]) -> bool:
+    return any(isinstance(arg, Tensor) and result.data_ptr() == arg.data_ptr() != 0 for arg in args)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fake kernels: shapes, dtypes and true strides
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _fake_like_input(input: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(input)
+
+
+def _fake_like_second(_: Tensor, input: Tensor, *__: Any) -> Tensor:
+    return torch.empty_like(input)
+
+
+def _fake_step(input: Tensor, *_: Any) -> Tensor:
+    return _layout.empty_state(input)
+
+
+def _fake_flow(input: Tensor, weight: Tensor, bias: Tensor | None, h: float, a: float, n_steps: int, all_: bool) -> Tensor:
+    return _layout.empty_trajectory(input, n_steps + 1) if all_ else _layout.empty_state(input)
+
+
+def _fake_flow_backward(
+    grad_output: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    mask = rest[-1]
+    return (
+        _layout.empty_state(input) if mask[0] else input.new_empty(0),
+        weight.new_empty(weight.shape) if mask[1] else input.new_empty(0),
+        weight.new_empty(weight.shape[:-3]) if mask[2] else input.new_empty(0),
+    )
+
+
+def _fake_penalty(
+    weight: Tensor, rate: float, slope_low: float, slope_high: float, norm: str, reduction: str
+) -> tuple[Tensor, Tensor]:
+    per_channel = weight.shape[:-3]
+    value = weight.new_empty(per_channel if reduction == "none" else ())
+    return value, weight.new_empty((*per_channel[:-1], 3, per_channel[-1]))
+
+
+def _fake_penalty_backward(grad_output: Tensor, weight: Tensor, coefficients: Tensor) -> Tensor:
+    return weight.new_empty(weight.shape)
+
+
+_FAKES: dict[str, Callable[..., Any]] = {
+    "smooth_leaky_relu": _fake_like_input,
+    "smooth_leaky_relu_backward": _fake_like_second,
+    "euler_conv_step": _fake_step,
+    "euler_conv_step_backward": _fake_flow_backward,
+    "euler_conv_flow": _fake_flow,
+    "euler_conv_flow_backward": _fake_flow_backward,
+    "contraction_penalty": _fake_penalty,
+    "contraction_penalty_backward": _fake_penalty_backward,
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Registration: schema, kernel, fake kernel
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _kernel(name: str) -> Callable[..., Any]:
+    """The op's one kernel: hands over to the implementation chosen for the tensors at hand."""
+    data = 1 if name.endswith("_backward") else 0  # the argument whose device and dtype decide
+    weight = None if name.startswith("smooth") else data if name.startswith("contraction") else data + 1
+
+    def kernel(*args: Any) -> Any:
+        kernel_size = None if weight is None else args[weight].shape[-1]
+        return _backends.implementation(name, args[data], kernel_size)(*args)
+
+    return kernel
+
+
+def _reference_implementation(name: str) -> Callable[..., Any]:
+    return lambda *args: _in_fake_layout(name, *args)
+
+
+for _name, _schema in _SCHEMAS.items():
+    _qualified = f"{NAMESPACE}::{_name}"
+    torch.library.define(_qualified, _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.impl(_qualified, "CompositeExplicitAutograd")(_kernel(_name))
+    torch.library.register_fake(_qualified)(_FAKES[_name])
+    _backends.register_reference(_name, _reference_implementation(_name))
+
+_OPS = torch.ops.robust_node_fast
+smooth_leaky_relu = _OPS.smooth_leaky_relu.default
+euler_conv_step = _OPS.euler_conv_step.default
+euler_conv_flow = _OPS.euler_conv_flow.default
+
+
+def contraction_penalty(
+    weight: Tensor, rate: float, slope_low: float, slope_high: float, norm: str, reduction: str
+) -> Tensor:
+    """The op's first output; the second exists for its gradient."""
+    return _OPS.contraction_penalty.default(weight, rate, slope_low, slope_high, norm, reduction)[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Autograd. First order: the backward op. Second order and beyond: autograd through the reference of the backward op.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _register_autograd(name: str, saved: Sequence[int], backward: Callable[..., Any]) -> None:
+    """``backward(ctx, *grads)`` finds all inputs, tensors restored, in ``ctx.inputs()``."""
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        extra = (output[1],) if name == "contraction_penalty" else ()
+        ctx.save_for_backward(*(inputs[i] for i in saved), *extra)
+        ctx.scalars = tuple(None if i in saved else value for i, value in enumerate(inputs))
+
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context)
+
+
+def _smooth_leaky_relu_gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    (input,) = ctx.saved_tensors
+    return _OPS.smooth_leaky_relu_backward(grad, input, ctx.scalars[1]), None
+
+
+def _wanted(ctx: Any, count: int) -> list[bool]:
+    return [bool(ctx.needs_input_grad[i]) for i in range(count)]
+
+
+def _step_gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    mask = _wanted(ctx, 3)
+    grads = _OPS.euler_conv_step_backward(grad, *ctx.saved_tensors, *ctx.scalars[3:], mask)
+    return *(g if wanted else None for g, wanted in zip(grads, mask, strict=True)), None, None
+
+
+def _flow_gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    mask = _wanted(ctx, 3)
+    grads = _OPS.euler_conv_flow_backward(grad, *ctx.saved_tensors, *ctx.scalars[3:], mask)
+    return *(g if wanted else None for g, wanted in zip(grads, mask, strict=True)), None, None, None, None
+
+
+def _penalty_gradient(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
+    weight, coefficients = ctx.saved_tensors
+    return _OPS.contraction_penalty_backward(grad, weight, coefficients), None, None, None, None, None
+
+
+def _second_order(name: str, tensors: int) -> Callable[..., Any]:
+    """Gradient of a backward op: differentiate its reference, whose pieces are ordinary differentiable functions."""
+
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        again = torch.is_grad_enabled()  # the caller wants to differentiate this result too
+        wanted = _wanted(ctx, tensors)
+        with torch.enable_grad():
+            inputs = [
+                t if not want else t.view_as(t) if again and t.requires_grad else t.detach().requires_grad_()
+                for t, want in zip(ctx.saved_tensors, wanted, strict=True)
+            ]
+            outputs = _DIFFERENTIABLE[name](*inputs, *ctx.scalars[tensors:])
+            pairs = [
+                (output, grad)
+                for output, grad in zip((outputs,) if isinstance(outputs, Tensor) else outputs, grads, strict=True)
+                if output.requires_grad and grad is not None
+            ]
+            variables = [t for t, want in zip(inputs, wanted, strict=True) if want]
+            if pairs:
+                found = iter(
+                    torch.autograd.grad(
+                        [output for output, _ in pairs],
+                        variables,
+                        [grad for _, grad in pairs],
+                        create_graph=again,
+                        allow_unused=True,
+                    )
+                )
+            else:
+                found = iter([None] * len(variables))
+        return *(next(found) if want else None for want in wanted), *(None for _ in ctx.scalars[tensors:])
+
+    return backward
+
+
+_register_autograd("smooth_leaky_relu", (0,), _smooth_leaky_relu_gradient)
+_register_autograd("euler_conv_step", (0, 1, 2), _step_gradient)
+_register_autograd("euler_conv_flow", (0, 1, 2), _flow_gradient)
+_register_autograd("contraction_penalty", (0,), _penalty_gradient)
+_register_autograd("smooth_leaky_relu_backward", (0, 1), _second_order("smooth_leaky_relu_backward", 2))
+_register_autograd("euler_conv_step_backward", (0, 1, 2, 3), _second_order("euler_conv_step_backward", 4))
+_register_autograd("euler_conv_flow_backward", (0, 1, 2, 3), _second_order("euler_conv_flow_backward", 4))
+_register_autograd("contraction_penalty_backward", (0, 1, 2), _second_order("contraction_penalty_backward", 3))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Autocast: the convolutions run in the autocast dtype, as nn.Conv2d does; the penalty, a sum of many terms, in float32
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _register_autocast(name: str, device: str, dtype: Callable[[], torch.dtype]) -> None:
+    op = getattr(_OPS, name).default
+    key = f"Autocast{device.upper()}"
+    below = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU).add(torch._C.DispatchKey.AutocastCUDA)
+
+    def cast(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64:
+            return value.to(dtype())
+        return value
+
+    def kernel(*args: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(below):
+            return op(*map(cast, args))
+
+    torch.library.impl(f"{NAMESPACE}::{name}", key)(kernel)
+
+
+for _device in ("cpu", "cuda"):
+    for _name in ("euler_conv_step", "euler_conv_flow"):
+        _register_autocast(_name, _device, lambda device=_device: torch.get_autocast_dtype(device))
+    _register_autocast("contraction_penalty", _device, lambda: torch.float32)

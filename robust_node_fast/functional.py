@@ -1,0 +1,238 @@
+"""The public functions. Each checks its arguments and calls one op of ``_ops.py``; nothing is decided here.
+
+Under ``torch.func`` transforms (vmap, grad, jvp, ...) and forward-mode differentiation the reference decomposition runs
+instead: its pieces have rules for all of them, the fused kernels do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from robust_node_fast import _checks, _ops, reference
+
+__all__ = [
+    "contraction_penalty",
+    "contraction_rate",
+    "euler_conv_flow",
+    "euler_conv_step",
+    "euler_lipschitz_bound",
+    "smooth_leaky_relu",
+]
+
+
+def _transformed() -> bool:
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def smooth_leaky_relu(input: Tensor, negative_slope: float = 0.1) -> Tensor:
+    """``negative_slope * input + (1 - negative_slope) * log(1 + exp(input))``, element by element.
+
+    The slope is ``negative_slope + (1 - negative_slope) * sigmoid(input)``; the result is finite wherever the input
+    is, also beyond 88, where ``exp`` overflows float32.
+
+    Args:
+        input: any shape and layout, float16, bfloat16, float32 or float64, any device.
+        negative_slope: slope at minus infinity, ``a`` in the paper.
+
+    Returns:
+        A tensor like ``input``.
+
+    Raises:
+        TypeError, ValueError: ``input`` is not a floating-point tensor; ``negative_slope`` is not a finite float.
+
+    Source: arXiv 2508.11432, section III (smooth leaky ReLU, slope-restricted in ``[a, 1]``).
+    """
+    _checks.tensor("input", input)
+    _checks.number("negative_slope", negative_slope)
+    if _transformed():
+        return reference.smooth_leaky_relu(input, negative_slope)
+    return _ops.smooth_leaky_relu(input, negative_slope)
+
+
+def euler_conv_step(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, *, step_size: float, negative_slope: float = 0.1
+) -> Tensor:
+    """``input + step_size * smooth_leaky_relu(conv2d(input, weight, bias, padding="same"), negative_slope)``.
+
+    Args:
+        input: ``(B, C, H, W)``, contiguous or channels_last (kept in the result); other strides give a contiguous one.
+        weight: ``(C, C, k, k)``, ``k`` odd; dtype and device as ``input`` (under autocast dtypes may differ).
+        bias: ``(C,)`` or ``None``.
+        step_size: Euler step ``h``.
+        negative_slope: of the activation.
+
+    Returns:
+        ``(B, C, H, W)``.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and what was expected.
+
+    Source: arXiv 2508.11432, forward Euler discretisation of the convolutional Neural ODE.
+    """
+    _checks.flow(input, weight, bias, (4,), step_size, negative_slope)
+    if _transformed():
+        return reference.euler_conv_step(input, weight, bias, step_size=step_size, negative_slope=negative_slope)
+    return _ops.euler_conv_step(input, weight, bias, step_size, negative_slope)
+
+
+def euler_conv_flow(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    step_size: float,
+    negative_slope: float = 0.1,
+    n_steps: int | None = None,
+    return_trajectory: bool = False,
+) -> Tensor:
+    """``for k in range(N): input = euler_conv_step(input, weight[k], bias[k], ...)`` in one fused call.
+
+    The gradients are the exact gradients of the discrete network (no adjoint ODE). Only ``input``, ``weight`` and
+    ``bias`` are saved for backward, however many steps there are; states are recomputed in cache.
+
+    Args:
+        input: ``(B, C, H, W)``, contiguous or channels_last (kept in the result); other strides give a contiguous one.
+        weight: ``(N, C, C, k, k)``, one filter bank per step; or ``(C, C, k, k)`` with ``n_steps``, shared. ``k`` odd.
+        bias: ``(N, C)``, or ``(C,)`` when shared, or ``None``.
+        step_size: Euler step ``h``.
+        negative_slope: of the activation.
+        n_steps: number of steps for shared weights; must be left out otherwise.
+        return_trajectory: return all states ``(N + 1, B, C, H, W)``, the input first, instead of the last one.
+
+    Returns:
+        ``(B, C, H, W)`` or the trajectory.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and what was expected.
+
+    Source: arXiv 2508.11432, forward Euler discretisation with time-varying weights.
+    """
+    _checks.flow(input, weight, bias, (4, 5), step_size, negative_slope)
+    _checks.steps(weight, n_steps)
+    if _transformed():
+        return reference.euler_conv_flow(
+            input,
+            weight,
+            bias,
+            step_size=step_size,
+            negative_slope=negative_slope,
+            n_steps=n_steps,
+            return_trajectory=return_trajectory,
+        )
+    return _ops.euler_conv_flow(
+        input, weight, bias, step_size, negative_slope, weight.shape[0] if n_steps is None else n_steps, return_trajectory
+    )
+
+
+def contraction_penalty(
+    weight: Tensor | Sequence[Tensor],
+    *,
+    rate: float,
+    slope: tuple[float, float] = (0.1, 1.0),
+    norm: str = "2",
+    reduction: str = "sum",
+) -> Tensor:
+    """Hinge that is zero exactly when every step contracts at ``rate`` by the Gershgorin condition of ``norm``.
+
+    With centre tap ``m_d``, off-centre row sum ``r_d`` and column sum ``q_d`` of absolute values and slopes ``a, b``,
+    per channel ``d`` the positive part of
+
+    - ``"2"``: ``rate + 2 (a + b) m_d + b (2 |m_d| + r_d + q_d)`` (the paper's; 2-norm rate ``rate / 2``)
+    - ``"2-sharp"``: ``rate + max_{t in {a, b}} t (2 m_d + r_d) + b q_d`` (the same guarantee, weaker demand)
+    - ``"inf"``: ``rate / 2 + a (m_d + r_d)`` (matrix measure of the infinity norm at most ``-rate / 2``)
+    - ``"1"``: ``rate / 2 + a m_d + b q_d`` (matrix measure of the 1-norm at most ``-rate / 2``)
+
+    It is a statement about the differential equation; see ``euler_lipschitz_bound`` for the discrete network.
+
+    Args:
+        weight: ``(C, C, k, k)``, ``(N, C, C, k, k)``, or a sequence of ``(C_i, C_i, k, k)``; ``k`` odd.
+        rate: wanted contraction rate ``rho``, in 1 / (unit of time).
+        slope: smallest and largest slope ``(a, b)`` of the activation.
+        norm: one of the four above.
+        reduction: ``"sum"`` or ``"mean"`` over steps and channels, or ``"none"``: ``(C,)``, ``(N, C)``, or for a
+            sequence all channels in one row.
+
+    Returns:
+        A tensor of the weight's dtype. Sub-gradients as in PyTorch: 0 at ``|0|`` and at ``relu(0)``.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and what was expected.
+
+    Source: arXiv 2508.11432, Theorem 1, Lemma 1 and Eq. (14) for ``"2"``; the other three are this project's.
+    """
+    _checks.number("rate", rate)
+    _checks.slope(slope)
+    _checks.choice("norm", norm, _checks.NORMS)
+    _checks.choice("reduction", reduction, _checks.REDUCTIONS)
+    if isinstance(weight, Tensor):
+        _checks.filters(weight, (4, 5))
+        if _transformed():
+            return reference.contraction_penalty(weight, rate=rate, slope=slope, norm=norm, reduction=reduction)
+        return _ops.contraction_penalty(weight, rate, slope[0], slope[1], norm, reduction)
+    if not isinstance(weight, Sequence):
+        raise TypeError(f"weight is a {type(weight).__name__}, expected a torch.Tensor or a sequence of them")
+    if not weight:
+        raise ValueError("weight is an empty sequence, expected at least one (C, C, k, k)")
+    for bank in weight:
+        _checks.filters(bank, (4,))
+    each = [contraction_penalty(bank, rate=rate, slope=slope, norm=norm, reduction="none") for bank in weight]
+    excess = torch.cat(each)
+    if reduction == "none":
+        return excess
+    return excess.mean() if reduction == "mean" else excess.sum()
+
+
+def contraction_rate(weight: Tensor, *, slope: tuple[float, float] = (0.1, 1.0), norm: str = "2") -> Tensor:
+    """``max {rate : contraction_penalty(weight[k], rate=rate, norm=norm) == 0}`` for every step ``k``.
+
+    Args:
+        weight: ``(C, C, k, k)`` or ``(N, C, C, k, k)``, ``k`` odd.
+        slope: smallest and largest slope ``(a, b)`` of the activation.
+        norm: as in ``contraction_penalty``.
+
+    Returns:
+        ``()`` or ``(N,)``. Negative: the condition holds for no positive rate (the value is then not a growth bound).
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and what was expected.
+
+    Source: arXiv 2508.11432, Theorem 1, solved for the rate.
+    """
+    _checks.filters(weight, (4, 5))
+    _checks.slope(slope)
+    _checks.choice("norm", norm, _checks.NORMS)
+    return reference.contraction_rate(weight, slope=slope, norm=norm)
+
+
+def euler_lipschitz_bound(
+    weight: Tensor, *, step_size: float, slope: tuple[float, float] = (0.1, 1.0), p: str = "inf"
+) -> Tensor:
+    """Upper bound of the Lipschitz constant of each Euler step in the p-norm, sound for the discrete network.
+
+    - ``p="inf"``: ``max_d max_{t in {a, b}} |1 + h t m_d| + |h| t r_d``
+    - ``p="1"``: ``max_d max_{t in {a, b}} |1 + h t m_d| + |h| b q_d``
+    - ``p="2"``: the geometric mean of the two (``||M||_2 <= sqrt(||M||_1 ||M||_inf)``)
+
+    Args:
+        weight: ``(C, C, k, k)`` or ``(N, C, C, k, k)``, ``k`` odd; use float64 for a certificate.
+        step_size: Euler step ``h`` of the deployed network.
+        slope: smallest and largest slope ``(a, b)`` of the activation.
+        p: ``"inf"``, ``"1"`` or ``"2"``.
+
+    Returns:
+        ``()`` or ``(N,)``; the product over steps bounds the flow.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and what was expected.
+
+    Source: derived for this project (row and column sums of ``I + h D W``).
+    """
+    _checks.filters(weight, (4, 5))
+    _checks.number("step_size", step_size)
+    _checks.slope(slope)
+    _checks.choice("p", p, _checks.DUALS)
+    return reference.euler_lipschitz_bound(weight, step_size=step_size, slope=slope, p=p)

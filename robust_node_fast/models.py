@@ -1,0 +1,187 @@
+"""The papers' networks over the fused flow. State dicts convert to and from the reference's layout in both directions.
+
+Source: arXiv 2508.11432 and its authors' published settings; plain counterparts in ``robust_node_fast.reference``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from robust_node_fast import functional
+from robust_node_fast.nn import EulerConvFlow
+from robust_node_fast.reference import pad_channels
+
+__all__ = ["CIFARNode", "MNISTNode", "StagedCIFARNode"]
+
+
+class _Node(nn.Module):
+    """What the networks share: their flows, the penalty over all of them, and the reference's state dict."""
+
+    _first_key: int  # number of the first Euler convolution in the reference's keys
+    _key: str  # its keys: "conv" -> conv1.weight, "conv." -> conv.0.weight
+
+    def flows(self) -> list[tuple[str, EulerConvFlow]]:
+        """Name and module of every flow, in the order of evaluation."""
+        return [(name, module) for name, module in self.named_modules() if isinstance(module, EulerConvFlow)]
+
+    def contraction_penalty(self, *, rate: float, norm: str = "2", reduction: str = "sum") -> Tensor:
+        """``functional.contraction_penalty`` over the filters of every Euler step; ``"none"``: all channels in a row."""
+        flows = [flow for _, flow in self.flows()]
+        if len(flows) == 1 and reduction != "none":
+            return flows[0].contraction_penalty(rate=rate, norm=norm, reduction=reduction)
+        excess = torch.cat(
+            [flow.contraction_penalty(rate=rate, norm=norm, reduction="none").flatten() for flow in flows]
+        )
+        if reduction in ("sum", "mean"):
+            return excess.mean() if reduction == "mean" else excess.sum()
+        return excess
+
+    def contraction_rate(self, *, norm: str = "2") -> Tensor:
+        """``functional.contraction_rate`` of every Euler step, in the order of evaluation."""
+        return torch.cat([flow.contraction_rate(norm=norm) for _, flow in self.flows()])
+
+    def _reference_names(self) -> dict[str, tuple[str, int]]:
+        """Reference key -> (own parameter, step) for every parameter of a flow."""
+        names: dict[str, tuple[str, int]] = {}
+        number = self._first_key
+        for name, flow in self.flows():
+            for step in range(flow.n_steps):
+                for parameter in ("weight", "bias"):
+                    names[f"{self._key}{number}.{parameter}"] = (f"{name}.{parameter}", step)
+                number += 1
+        return names
+
+    def reference_state_dict(self) -> dict[str, Tensor]:
+        """The state dict in the reference's layout: one convolution per Euler step."""
+        own = self.state_dict()
+        per_step = self._reference_names()
+        stacked = {name for name, _ in per_step.values()}
+        result = {name: value for name, value in own.items() if name not in stacked}
+        result.update({key: own[name][step] for key, (name, step) in per_step.items()})
+        return result
+
+    def load_reference_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Load a state dict in the reference's layout.
+
+        Raises:
+            ValueError: keys are missing or not expected, or a shape differs; the message names them. Nothing is
+                loaded then.
+        """
+        own = self.state_dict()
+        expected = self.reference_state_dict()
+        # The authors' batch norm statistics may lack the batch counter, which evaluation does not use.
+        missing = [key for key in expected if key not in state_dict and not key.endswith("num_batches_tracked")]
+        unexpected = [key for key in state_dict if key not in expected]
+        if missing or unexpected:
+            raise ValueError(f"state_dict does not fit: missing {missing}, unexpected {unexpected}")
+        wrong = [
+            f"{key} has shape {tuple(state_dict[key].shape)}, expected {tuple(value.shape)}"
+            for key, value in expected.items()
+            if key in state_dict and state_dict[key].shape != value.shape
+        ]
+        if wrong:
+            raise ValueError(f"state_dict does not fit: {'; '.join(wrong)}")
+        per_step = self._reference_names()
+        with torch.no_grad():
+            for key, value in state_dict.items():
+                if key in per_step:
+                    name, step = per_step[key]
+                    own[name][step].copy_(value)
+                else:
+                    own[key].copy_(value)
+
+
+class MNISTNode(_Node):
+    """``fc1(flatten(flow(smooth_leaky_relu(conv0(x)))))``: 3x3 stem, ``n_steps`` Euler steps, linear head.
+
+    Input ``(B, in_channels, image_size, image_size)`` in [0, 1]; output logits ``(B, num_classes)``.
+    """
+
+    _first_key, _key = 1, "conv"
+
+    def __init__(
+        self,
+        channels: int = 8,
+        n_steps: int = 10,
+        step_size: float = 0.01,
+        in_channels: int = 1,
+        image_size: int = 28,
+        num_classes: int = 10,
+    ) -> None:
+        super().__init__()
+        self.conv0 = nn.Conv2d(in_channels, channels, 3, padding=1)
+        self.flow = EulerConvFlow(channels, n_steps, step_size)
+        self.fc1 = nn.Linear(channels * image_size**2, num_classes)
+
+    def forward(self, input: Tensor) -> Tensor:
+        z = functional.smooth_leaky_relu(self.conv0(input), self.flow.negative_slope)
+        return self.fc1(self.flow(z).flatten(1))
+
+
+class CIFARNode(_Node):
+    """``fc1(dropout(flatten(flow(dropout(bn(conv0(x)))))))``: one stage at full resolution.
+
+    Input ``(B, in_channels, image_size, image_size)``; output logits ``(B, num_classes)``.
+    """
+
+    _first_key, _key = 0, "conv."
+
+    def __init__(
+        self,
+        channels: int = 128,
+        n_steps: int = 16,
+        step_size: float = 0.1,
+        num_classes: int = 10,
+        in_channels: int = 3,
+        image_size: int = 32,
+    ) -> None:
+        super().__init__()
+        self.conv0 = nn.Conv2d(in_channels, channels, 3, padding=1)
+        self.bn = nn.BatchNorm2d(channels)
+        self.drop0 = nn.Dropout(0.1)
+        self.flow = EulerConvFlow(channels, n_steps, step_size)
+        self.drop1 = nn.Dropout(0.2)
+        self.fc1 = nn.Linear(channels * image_size**2, num_classes)
+
+    def forward(self, input: Tensor) -> Tensor:
+        z = self.flow(self.drop0(self.bn(self.conv0(input))))
+        return self.fc1(self.drop1(z.flatten(1)))
+
+
+class StagedCIFARNode(_Node):
+    """``bn(conv0(x))``, then stages of Euler steps; between them 2x2 average pooling and zero-padded channels.
+
+    The filters of the flows start at zero. Input ``(B, in_channels, image_size, image_size)``; output logits.
+    """
+
+    _first_key, _key = 0, "conv."
+
+    def __init__(
+        self,
+        channels: Sequence[int] = (32, 64, 112),
+        n_steps: int = 6,
+        step_size: float = 0.1,
+        num_classes: int = 10,
+        in_channels: int = 3,
+        image_size: int = 32,
+    ) -> None:
+        super().__init__()
+        self.conv0 = nn.Conv2d(in_channels, channels[0], 3, padding=1)
+        self.bn = nn.BatchNorm2d(channels[0])
+        self.stages = nn.ModuleList(EulerConvFlow(width, n_steps, step_size) for width in channels)
+        for _, flow in self.flows():
+            nn.init.zeros_(flow.weight)
+        side = image_size // 2 ** (len(channels) - 1)
+        self.fc1 = nn.Linear(channels[-1] * side**2, num_classes)
+
+    def forward(self, input: Tensor) -> Tensor:
+        z = self.bn(self.conv0(input))
+        for i, (_, flow) in enumerate(self.flows()):
+            if i:
+                z = pad_channels(F.avg_pool2d(z, 2), flow.channels)
+            z = flow(z)
+        return self.fc1(z.flatten(1))
