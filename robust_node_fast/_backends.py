@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from robust_node_fast._version import __version__
+
 CHOICES = ("auto", "reference", "cpu", "triton", "cuda")
 
 
@@ -101,7 +103,7 @@ def _resolve(call: Call) -> tuple[str, dict[str, str]]:
     """Name of the implementation, and for each other candidate why it was passed over."""
     why_not: dict[str, str] = {}
     if _chosen == "reference":
-        return "reference", {name: 'set_backend("reference") was called' for name in _BACKENDS}
+        return "reference", dict.fromkeys(_BACKENDS, 'set_backend("reference") was called')
     for name, backend in _BACKENDS.items():
         if _chosen not in ("auto", name):
             why_not[name] = f'set_backend("{_chosen}") was called'
@@ -149,7 +151,7 @@ def set_backend(name: str) -> None:
         ValueError: unknown name.
         RuntimeError: that back end cannot be used on this machine; the message says why.
     """
-    global _chosen
+    global _chosen  # noqa: PLW0603  (one process, one choice)
     if name not in CHOICES:
         raise ValueError(f"backend={name!r} is unknown, expected one of {', '.join(map(repr, CHOICES))}")
     if name in _BACKENDS and _BACKENDS[name].unavailable is not None:
@@ -160,8 +162,6 @@ def set_backend(name: str) -> None:
 
 def backend_info() -> dict[str, Any]:
     """Which implementation each op would use on each device (float32, k = 3), and why not the others."""
-    from robust_node_fast import __version__
-
     ops: dict[str, dict[str, Any]] = {}
     for op in _REFERENCE:
         ops[op] = {}

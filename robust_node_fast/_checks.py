@@ -66,7 +66,8 @@ def flow(
     """Everything ``euler_conv_step`` and ``euler_conv_flow`` share."""
     tensor("input", input)
     filters(weight, ranks)
-    assert isinstance(input, Tensor) and isinstance(weight, Tensor)
+    assert isinstance(input, Tensor)
+    assert isinstance(weight, Tensor)
     if input.dim() != 4:
         raise ValueError(f"input has shape {tuple(input.shape)}, expected (B, C, H, W)")
     channels = weight.shape[-3]

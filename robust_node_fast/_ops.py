@@ -9,7 +9,8 @@ weights; ``n_steps`` is always given. An output that ``output_mask`` does not wa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,7 +49,13 @@ _SCHEMAS = {
 
 
 def _reference_flow(
-    input: Tensor, weight: Tensor, bias: Tensor | None, step_size: float, negative_slope: float, n_steps: int, all_: bool
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    step_size: float,
+    negative_slope: float,
+    n_steps: int,
+    all_: bool,
 ) -> Tensor:
     return reference.euler_conv_flow(
         input,
@@ -134,7 +141,9 @@ def _fake_step(input: Tensor, *_: Any) -> Tensor:
     return _layout.empty_state(input)
 
 
-def _fake_flow(input: Tensor, weight: Tensor, bias: Tensor | None, h: float, a: float, n_steps: int, all_: bool) -> Tensor:
+def _fake_flow(
+    input: Tensor, weight: Tensor, bias: Tensor | None, h: float, a: float, n_steps: int, all_: bool
+) -> Tensor:
     return _layout.empty_trajectory(input, n_steps + 1) if all_ else _layout.empty_state(input)
 
 
@@ -275,7 +284,7 @@ def _second_order(name: str, tensors: int) -> Callable[..., Any]:
             ]
             variables = [t for t, want in zip(inputs, wanted, strict=True) if want]
             if pairs:
-                found = iter(
+                found: Iterator[Tensor | None] = iter(
                     torch.autograd.grad(
                         [output for output, _ in pairs],
                         variables,
@@ -325,5 +334,5 @@ def _register_autocast(name: str, device: str, dtype: Callable[[], torch.dtype])
 
 for _device in ("cpu", "cuda"):
     for _name in ("euler_conv_step", "euler_conv_flow"):
-        _register_autocast(_name, _device, lambda device=_device: torch.get_autocast_dtype(device))
+        _register_autocast(_name, _device, partial(torch.get_autocast_dtype, _device))
     _register_autocast("contraction_penalty", _device, lambda: torch.float32)

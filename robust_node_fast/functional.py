@@ -124,7 +124,13 @@ def euler_conv_flow(
             return_trajectory=return_trajectory,
         )
     return _ops.euler_conv_flow(
-        input, weight, bias, step_size, negative_slope, weight.shape[0] if n_steps is None else n_steps, return_trajectory
+        input,
+        weight,
+        bias,
+        step_size,
+        negative_slope,
+        weight.shape[0] if n_steps is None else n_steps,
+        return_trajectory,
     )
 
 

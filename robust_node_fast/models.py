@@ -29,7 +29,7 @@ class _Node(nn.Module):
         return [(name, module) for name, module in self.named_modules() if isinstance(module, EulerConvFlow)]
 
     def contraction_penalty(self, *, rate: float, norm: str = "2", reduction: str = "sum") -> Tensor:
-        """``functional.contraction_penalty`` over the filters of every Euler step; ``"none"``: all channels in a row."""
+        """``functional.contraction_penalty`` over all Euler steps' filters; ``"none"``: all channels in a row."""
         flows = [flow for _, flow in self.flows()]
         if len(flows) == 1 and reduction != "none":
             return flows[0].contraction_penalty(rate=rate, norm=norm, reduction=reduction)

@@ -105,7 +105,7 @@ class EulerConvFlow(nn.Module):
         )
 
     def vector_field(self, t: Tensor | float, z: Tensor) -> Tensor:
-        """``smooth_leaky_relu(conv2d(z, weight[k], bias[k]))`` with ``k = floor(t / step_size)``, held within the steps.
+        """``smooth_leaky_relu(conv2d(z, weight[k], bias[k]))`` for the step ``k = floor(t / step_size)``.
 
         Piecewise constant in time, so that ``torchdiffeq.odeint(flow.vector_field, z0, t, method="euler")`` on the grid
         ``t = step_size * arange(N + 1)`` gives the states of ``forward``.
@@ -120,9 +120,7 @@ class EulerConvFlow(nn.Module):
 
     def contraction_penalty(self, *, rate: float, norm: str = "2", reduction: str = "sum") -> Tensor:
         """``functional.contraction_penalty`` of the filters, with the slopes of this flow's activation."""
-        return functional.contraction_penalty(
-            self.weight, rate=rate, slope=self.slope, norm=norm, reduction=reduction
-        )
+        return functional.contraction_penalty(self.weight, rate=rate, slope=self.slope, norm=norm, reduction=reduction)
 
     def contraction_rate(self, *, norm: str = "2") -> Tensor:
         """``functional.contraction_rate``: the rate that each step satisfies, ``(N,)`` (``(1,)`` when shared)."""

@@ -203,7 +203,7 @@ def euler_conv_flow_backward(
 def penalty_coefficients(
     weight: Tensor, rate: float, slope: tuple[float, float], norm: str, reduction: str
 ) -> tuple[Tensor, Tensor]:
-    """``contraction_penalty`` and the derivatives of each channel's term: ``(..., 3, C)`` for ``m``, ``r`` and ``q``."""
+    """``contraction_penalty`` and each channel's derivatives: ``(..., 3, C)`` for ``m``, ``r``, ``q``."""
     a, b = slope
     m, r, _ = filter_sums(weight)
     argument = _hinge_argument(weight, rate, slope, norm)
@@ -340,8 +340,8 @@ class StagedCIFARNode(nn.Module):
         self.conv0 = nn.Conv2d(in_channels, channels[0], 3, padding=1)
         self.bn = nn.BatchNorm2d(channels[0])
         self.conv = nn.ModuleList(nn.Conv2d(c, c, 3, padding=1) for c in channels for _ in range(n_steps))
-        for conv in self.conv:
-            nn.init.zeros_(conv.weight)
+        for weight in (p for name, p in self.conv.named_parameters() if name.endswith("weight")):
+            nn.init.zeros_(weight)
         side = image_size // 2 ** (len(channels) - 1)
         self.fc1 = nn.Linear(channels[-1] * side**2, num_classes)
 

@@ -1,0 +1,142 @@
+// What the CPU kernels compute, as plain structs: no PyTorch in this folder, so that it builds alone (sanitizers).
+#pragma once
+#include <cstdint>
+
+namespace rnf {
+
+// Runs body(begin, end, context) over pieces of [0, count), on one or several threads.
+struct Parallel {
+  int threads;
+  void (*run)(int64_t count, void (*body)(int64_t begin, int64_t end, void* context), void* context);
+
+  template <class Body>
+  void operator()(int64_t count, const Body& body) const {
+    if (threads == 1 || count == 1) {
+      if (count > 0) body(int64_t{0}, count);
+      return;
+    }
+    run(
+        count, [](int64_t begin, int64_t end, void* context) { (*static_cast<const Body*>(context))(begin, end); },
+        const_cast<void*>(static_cast<const void*>(&body)));
+  }
+};
+
+// A (B, C, H, W) tensor with any strides, counted in elements.
+template <class T>
+struct View {
+  T* data;
+  int64_t batch, channel, row, column;
+};
+
+struct FlowShape {
+  int64_t batch, channels, height, width, kernel, steps;
+  bool shared;  // one filter bank (C, C, k, k) for all steps instead of (N, C, C, k, k)
+  int64_t banks() const { return shared ? 1 : steps; }
+  int64_t taps() const { return channels * kernel * kernel; }  // columns of a filter bank seen as a matrix
+};
+
+template <class T>
+struct FlowForward {
+  FlowShape shape;
+  T step_size, negative_slope;
+  View<const T> input;
+  const T* weight;  // (banks, C, C, k, k) contiguous
+  const T* bias;    // (banks, C) contiguous or nullptr
+  View<T> output;
+  int64_t state_stride;  // between the N + 1 states of a trajectory; 0: only the last state is wanted
+};
+
+template <class T>
+struct FlowBackward {
+  FlowShape shape;
+  T step_size, negative_slope;
+  View<const T> grad_output;
+  int64_t state_stride;  // as in FlowForward
+  View<const T> input;
+  const T* weight;
+  const T* bias;
+  View<T> grad_input;  // data == nullptr: not wanted; the same for the next two
+  T* grad_weight;      // (banks, C, C, k, k) contiguous
+  T* grad_bias;        // (banks, C) contiguous
+};
+
+enum class Norm : int64_t { two, two_sharp, inf, one };
+enum class Reduction : int64_t { sum, mean, none };
+
+template <class T>
+struct Penalty {
+  int64_t steps, channels, kernel;
+  double rate, slope_low, slope_high;
+  Norm norm;
+  Reduction reduction;
+  const T* weight;  // (N, C, C, k, k) contiguous
+  T* value;         // one, or (N, C) without reduction
+  T* coefficients;  // (N, 3, C): derivatives of each channel's term for centre tap, row sum and column sum
+};
+
+template <class T>
+struct PenaltyBackward {
+  int64_t steps, channels, kernel;
+  const T* grad_output;  // one, or (N, C)
+  bool per_channel;
+  const T* weight;
+  const T* coefficients;
+  T* grad_weight;
+};
+
+template <class T>
+struct Activation {
+  int64_t count;
+  T negative_slope;
+  const T* grad_output;  // nullptr: the value is wanted, else the gradient
+  const T* input;
+  T* output;
+};
+
+// One instruction set's kernels.
+template <class T>
+struct KernelsOf {
+  void (*flow_forward)(const FlowForward<T>&, const Parallel&);
+  void (*flow_backward)(const FlowBackward<T>&, const Parallel&);
+  void (*activation)(const Activation<T>&, const Parallel&);
+};
+
+struct Kernels {
+  const char* name;
+  KernelsOf<float> f32;
+  KernelsOf<double> f64;
+  template <class T>
+  const KernelsOf<T>& of() const;
+};
+template <>
+inline const KernelsOf<float>& Kernels::of<float>() const {
+  return f32;
+}
+template <>
+inline const KernelsOf<double>& Kernels::of<double>() const {
+  return f64;
+}
+
+namespace portable {
+extern const Kernels kernels;
+}
+#ifdef __x86_64__
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace avx512 {
+extern const Kernels kernels;
+}
+#endif
+
+// The best set this processor runs, chosen once; RNF_CPU_ISA=portable|avx2 asks for a lesser one.
+const Kernels& kernels();
+// Names of all sets this processor runs, best first, separated by spaces.
+const char* supported_isas();
+
+template <class T>
+void contraction_penalty(const Penalty<T>&, const Parallel&);
+template <class T>
+void contraction_penalty_backward(const PenaltyBackward<T>&, const Parallel&);
+
+}  // namespace rnf

@@ -1,0 +1,9 @@
+// Everything that the per-ISA code includes, before any target pragma.
+#pragma once
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#include "api.h"
+#include "memory.h"

@@ -1,0 +1,170 @@
+"""The compiled CPU kernels (csrc/): allocates results in the contract's layout and hands over.
+
+float16 and bfloat16 tensors are computed in float32 inside and rounded once at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from robust_node_fast import _checks, _layout
+
+_native = torch.ops.robust_node_fast_cpu
+_flow_forward = _native.flow_forward.default
+_flow_backward = _native.flow_backward.default
+_activation = _native.activation.default
+_contraction_penalty = _native.contraction_penalty.default
+_contraction_penalty_backward = _native.contraction_penalty_backward.default
+
+
+def _widened(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Run in float32 for float16 and bfloat16 tensors."""
+
+    def up(value: Any) -> Any:
+        return value.float() if isinstance(value, Tensor) else value
+
+    def run(*args: Any) -> Any:
+        dtype = next(arg.dtype for arg in args if isinstance(arg, Tensor))
+        if dtype not in (torch.float16, torch.bfloat16):
+            return function(*args)
+        result = function(*map(up, args))
+        return result.to(dtype) if isinstance(result, Tensor) else tuple(r.to(dtype) for r in result)
+
+    return run
+
+
+def _dense_like(tensor: Tensor, template: Tensor) -> Tensor:
+    """``tensor`` in the memory order of ``template``, which is one dense block."""
+    if tensor.stride() == template.stride():
+        return tensor
+    return torch.empty_like(template).copy_(tensor)
+
+
+def smooth_leaky_relu(input: Tensor, negative_slope: float) -> Tensor:
+    output = torch.empty_like(input)
+    _activation(None, _dense_like(input, output), negative_slope, output)
+    return output
+
+
+def smooth_leaky_relu_backward(grad_output: Tensor, input: Tensor, negative_slope: float) -> Tensor:
+    output = torch.empty_like(input)
+    _activation(_dense_like(grad_output, output), _dense_like(input, output), negative_slope, output)
+    return output
+
+
+def euler_conv_flow(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    step_size: float,
+    negative_slope: float,
+    n_steps: int,
+    return_trajectory: bool,
+) -> Tensor:
+    output = _layout.empty_trajectory(input, n_steps + 1) if return_trajectory else _layout.empty_state(input)
+    _flow_forward(
+        input,
+        weight.contiguous(),
+        None if bias is None else bias.contiguous(),
+        step_size,
+        negative_slope,
+        n_steps,
+        output,
+    )
+    return output
+
+
+def euler_conv_flow_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    step_size: float,
+    negative_slope: float,
+    n_steps: int,
+    return_trajectory: bool,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_input = _layout.empty_state(input) if output_mask[0] else None
+    grad_weight = weight.new_empty(weight.shape) if output_mask[1] else None
+    grad_bias = weight.new_empty(weight.shape[:-3]) if output_mask[2] else None
+    _flow_backward(
+        grad_output,
+        input,
+        weight.contiguous(),
+        None if bias is None else bias.contiguous(),
+        step_size,
+        negative_slope,
+        n_steps,
+        grad_input,
+        grad_weight,
+        grad_bias,
+    )
+    unwanted = input.new_empty(0)
+
+    def or_unwanted(grad: Tensor | None) -> Tensor:
+        return unwanted.clone() if grad is None else grad
+
+    return or_unwanted(grad_input), or_unwanted(grad_weight), or_unwanted(grad_bias)
+
+
+def euler_conv_step(
+    input: Tensor, weight: Tensor, bias: Tensor | None, step_size: float, negative_slope: float
+) -> Tensor:
+    return euler_conv_flow(input, weight, bias, step_size, negative_slope, 1, False)
+
+
+def euler_conv_step_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    step_size: float,
+    negative_slope: float,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    return euler_conv_flow_backward(grad_output, input, weight, bias, step_size, negative_slope, 1, False, output_mask)
+
+
+def contraction_penalty(
+    weight: Tensor, rate: float, slope_low: float, slope_high: float, norm: str, reduction: str
+) -> tuple[Tensor, Tensor]:
+    per_channel = weight.shape[:-3]
+    value = weight.new_empty(per_channel if reduction == "none" else ())
+    coefficients = weight.new_empty((*per_channel[:-1], 3, per_channel[-1]))
+    _contraction_penalty(
+        weight.contiguous(),
+        rate,
+        slope_low,
+        slope_high,
+        _checks.NORMS.index(norm),
+        _checks.REDUCTIONS.index(reduction),
+        value,
+        coefficients,
+    )
+    return value, coefficients
+
+
+def contraction_penalty_backward(grad_output: Tensor, weight: Tensor, coefficients: Tensor) -> Tensor:
+    grad_weight = weight.new_empty(weight.shape)
+    _contraction_penalty_backward(grad_output.contiguous(), weight.contiguous(), coefficients, grad_weight)
+    return grad_weight
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
+    function.__name__: _widened(function)
+    for function in (
+        smooth_leaky_relu,
+        smooth_leaky_relu_backward,
+        euler_conv_step,
+        euler_conv_step_backward,
+        euler_conv_flow,
+        euler_conv_flow_backward,
+        contraction_penalty,
+        contraction_penalty_backward,
+    )
+}
