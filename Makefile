@@ -1,0 +1,24 @@
+# Two commands do everything on a fresh Linux machine with Python >= 3.10, a C++17 compiler and a network:
+#   make demo    train, attack and compare the vanilla and the contractive network on handwritten digits
+#   make test    the whole test suite
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test setup clean
+demo: setup
+	$(BIN)/rnf demo --out runs/demo
+
+test: setup
+	$(BIN)/python -m pytest
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml setup.py requirements-dev.txt $(wildcard csrc/*.cpp csrc/cpu/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements-dev.txt "setuptools>=77" "pybind11>=2.12" ninja
+	$(BIN)/python -m pip install --disable-pip-version-check -q --no-build-isolation -e ".[test,tensorboard]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info robust_node_fast/_C*.so

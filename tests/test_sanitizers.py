@@ -1,0 +1,43 @@
+"""The CPU kernels under AddressSanitizer and UBSan, against straightforward loops, without PyTorch."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FLAGS = ["-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-fno-omit-frame-pointer"]
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+
+
+def compiler() -> str:
+    found = shutil.which("g++") or shutil.which("clang++")
+    if found is None:
+        pytest.skip("no C++ compiler on this machine")
+    return found
+
+
+def build(folder: Path, sources: list[Path]) -> Path:
+    """Compile side by side, link."""
+
+    def compile_one(source: Path) -> Path:
+        target = folder / f"{source.stem}.o"
+        subprocess.run([compiler(), *FLAGS, *SANITIZERS, "-c", str(source), "-o", str(target)], check=True, timeout=300)
+        return target
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compile_one, sources))
+    program = folder / "check_kernels"
+    subprocess.run([compiler(), *SANITIZERS, *map(str, objects), "-o", str(program), "-lpthread"], check=True)
+    return program
+
+
+def test_kernels_are_clean_and_right(tmp_path: Path) -> None:
+    sources = [ROOT / "tests/native/check_kernels.cpp", *sorted((ROOT / "csrc/cpu").glob("*.cpp"))]
+    done = subprocess.run([str(build(tmp_path, sources))], check=False, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    assert " 0 failures" in done.stdout
