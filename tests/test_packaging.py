@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -14,13 +15,16 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def run(code: str, *, path: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A fresh interpreter outside the checkout, with `path` in front of what is installed."""
+    """A fresh interpreter outside the checkout; with `path`, that package instead of the installed one.
+
+    -S leaves out the .pth files, and with them the editable install, whose finder would fill in missing submodules.
+    """
     env = {**os.environ, **environment}
     env.pop("PYTHONPATH", None)
     if path is not None:
-        env["PYTHONPATH"] = str(path)
+        env["PYTHONPATH"] = os.pathsep.join([str(path), sysconfig.get_path("purelib")])
     return subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, *(["-S"] if path else []), "-c", code],
         check=False,
         capture_output=True,
         text=True,
@@ -34,7 +38,12 @@ def install(folder: Path, **environment: str) -> Path:
     """Build a wheel from a copy of the tracked sources and unpack it into `folder`."""
     source = folder / "source"
     source.mkdir(parents=True)
-    archive = subprocess.run(["git", "ls-files", "-z"], check=True, capture_output=True, cwd=ROOT).stdout
+    archive = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        check=True,
+        capture_output=True,
+        cwd=ROOT,
+    ).stdout
     for name in archive.decode().split("\0"):
         if name and (ROOT / name).is_file():
             target = source / name
