@@ -53,7 +53,8 @@ rnf::View<T> view(const Tensor& tensor, const char* name) {
           tensor.stride(first + 3)};
 }
 
-int64_t state_stride(const Tensor& output) { return output.dim() == 5 ? output.stride(0) : 0; }
+bool is_trajectory(const Tensor& output) { return output.dim() == 5; }
+int64_t state_stride(const Tensor& output) { return is_trajectory(output) ? output.stride(0) : 0; }
 
 rnf::FlowShape flow_shape(const Tensor& input, const Tensor& weight, int64_t steps) {
   STD_TORCH_CHECK(input.dim() == 4 && (weight.dim() == 4 || weight.dim() == 5), "expected (B, C, H, W) and filters");
@@ -109,6 +110,7 @@ void flow_forward(Tensor input, Tensor weight, std::optional<Tensor> bias, doubl
                                 dense<const T>(weight, "weight"),
                                 bias ? dense<const T>(*bias, "bias") : nullptr,
                                 view<T>(output, "output"),
+                                is_trajectory(output),
                                 state_stride(output)};
     rnf::kernels().of<T>().flow_forward(p, parallel());
   });
@@ -129,6 +131,7 @@ void flow_backward(Tensor grad_output, Tensor input, Tensor weight, std::optiona
                                  static_cast<T>(step_size),
                                  static_cast<T>(negative_slope),
                                  view<const T>(grad_output, "grad_output"),
+                                 is_trajectory(grad_output),
                                  state_stride(grad_output),
                                  view<const T>(input, "input"),
                                  dense<const T>(weight, "weight"),

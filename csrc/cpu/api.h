@@ -43,7 +43,8 @@ struct FlowForward {
   const T* weight;  // (banks, C, C, k, k) contiguous
   const T* bias;    // (banks, C) contiguous or nullptr
   View<T> output;
-  int64_t state_stride;  // between the N + 1 states of a trajectory; 0: only the last state is wanted
+  bool trajectory;       // all N + 1 states are wanted, not only the last one
+  int64_t state_stride;  // between the states of a trajectory
 };
 
 template <class T>
@@ -51,7 +52,8 @@ struct FlowBackward {
   FlowShape shape;
   T step_size, negative_slope;
   View<const T> grad_output;
-  int64_t state_stride;  // as in FlowForward
+  bool trajectory;       // as in FlowForward
+  int64_t state_stride;  // 0 for a gradient that is expanded over the states
   View<const T> input;
   const T* weight;
   const T* bias;

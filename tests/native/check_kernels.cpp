@@ -160,7 +160,7 @@ void check_flow(const rnf::Kernels& kernels, const rnf::FlowShape& s, bool chann
   const T* b = with_bias ? bias.data() : nullptr;
   const int64_t stride = trajectory ? size : 0;
   kernels.of<T>().flow_forward({s, T(h), T(a), view<const T>(input.data(), s, channels_last), weight.data(), b,
-                                view<T>(output.data(), s, channels_last), stride},
+                                view<T>(output.data(), s, channels_last), trajectory, stride},
                                parallel);
   if (trajectory)
     for (int64_t k = 0; k <= s.steps; ++k)
@@ -171,7 +171,7 @@ void check_flow(const rnf::Kernels& kernels, const rnf::FlowShape& s, bool chann
   std::vector<T> grad_input(size, T(NAN)), grad_weight(weight.size(), T(NAN)),
       grad_bias(s.banks() * s.channels, T(NAN));
   kernels.of<T>().flow_backward(
-      {s, T(h), T(a), view<const T>(grad.data(), s, channels_last), stride,
+      {s, T(h), T(a), view<const T>(grad.data(), s, channels_last), trajectory, stride,
        view<const T>(input.data(), s, channels_last), weight.data(), b, view<T>(grad_input.data(), s, channels_last),
        weight_grads ? grad_weight.data() : nullptr, weight_grads ? grad_bias.data() : nullptr},
       parallel);

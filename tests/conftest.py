@@ -1,0 +1,29 @@
+"""Every test starts from its own seed (``RNF_TEST_SEED`` shifts them all) and leaves the process as it found it."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# No deadline: the examples of one test range from a single pixel to forty channels of forty by forty.
+settings.register_profile("rnf", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("rnf")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # The suite must hold with and without the compiled library; test_backends.py asserts the warning itself.
+    config.addinivalue_line("filterwarnings", "ignore::robust_node_fast.FallbackWarning")
+
+
+@pytest.fixture(autouse=True)
+def isolated(request: pytest.FixtureRequest) -> Iterator[None]:
+    torch.manual_seed(zlib.crc32(request.node.nodeid.encode()) + int(os.environ.get("RNF_TEST_SEED", "0")))
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    yield
+    torch.set_num_threads(threads)
+    torch.set_default_dtype(dtype)

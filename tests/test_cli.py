@@ -1,0 +1,340 @@
+"""The command line: what it prints and writes, one sentence and an exit code for every expected failure."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+from robust_node_fast import _timing, backend_info, cli, training
+from robust_node_fast.training import checkpoint
+
+RUN = ["--n-steps", "2", "--epochs", "1"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def rnf(*arguments: str | Path, env: dict[str, str] | None = None) -> Result:
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments], env=env)
+
+
+def assert_sentence(result: Result, pattern: str, code: int = 1) -> None:
+    """One line on stderr, nothing on stdout, no traceback."""
+    assert result.exit_code == code, result.output
+    assert isinstance(result.exception, SystemExit)
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("rnf: ")
+    assert re.search(pattern, line), line
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli") / "both"
+    result = rnf("train", "--out", folder, *RUN)
+    assert result.exit_code == 0, result.output
+    assert "vanilla" in result.stdout
+    assert "contractive" in result.stdout
+    assert "does NOT satisfy its rate" in result.stdout  # after one epoch
+    return folder
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    """A copy of the contractive run, to be broken."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for path in (trained / "contractive").iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+def test_info_says_what_runs() -> None:
+    result = rnf("info")
+    assert result.exit_code == 0
+    for op in backend_info()["ops"]:
+        assert op in result.stdout
+    assert json.loads(rnf("info", "--json").stdout)["ops"] == backend_info()["ops"]
+
+
+def test_help_shows_every_field_with_help_and_default() -> None:
+    result = CliRunner().invoke(cli.app, ["train", "--help"], env={"COLUMNS": "300", "TERM": "dumb"})
+    text = " ".join(result.stdout.replace("│", " ").split())
+    for field in dataclasses.fields(training.TrainConfig):
+        assert f"--{field.name.replace('_', '-')} " in text
+        if field.name not in ("dataset", "network"):  # these two have words of their own
+            assert field.metadata["help"] in text
+    assert "[default: (5; digits: 30; cifar10: 100)]" in text
+    assert "[default: (0.05)]" in text
+    assert "[default: digits]" in text
+    assert "[default: both]" in text
+
+
+def test_train_writes_a_run(trained: Path) -> None:
+    for network in training.NETWORKS:
+        assert {path.name for path in (trained / network).iterdir()} == {
+            "checkpoint.safetensors",
+            "config.json",
+            "metrics.jsonl",
+            "model.safetensors",
+        }
+        config = training.load_config(trained / network)
+        assert (config.network, config.n_steps, config.epochs, config.batch_size) == (network, 2, 1, 64)
+
+
+def test_train_options_reach_the_configuration(tmp_path: Path) -> None:
+    options = {
+        "--network": "vanilla",
+        "--seed": "5",
+        "--batch-size": "512",
+        "--optimizer": "sgd",
+        "--momentum": "0.5",
+        "--lr": "0.001",
+        "--step-size": "0.02",
+        "--norm": "inf",
+    }
+    flat = [word for pair in options.items() for word in pair]
+    result = rnf("train", "--out", tmp_path / "run", *flat, "--milestones", "1", "--milestones", "2", *RUN)
+    assert result.exit_code == 0, result.output
+    config = training.load_config(tmp_path / "run")
+    assert config == training.TrainConfig.recipe(
+        "digits",
+        network="vanilla",
+        seed=5,
+        epochs=1,
+        n_steps=2,
+        batch_size=512,
+        optimizer="sgd",
+        momentum=0.5,
+        lr=1e-3,
+        step_size=0.02,
+        norm="inf",
+        milestones=[1, 2],
+    )
+
+
+def test_default_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert rnf("train", "--network", "vanilla", "--seed", "3", *RUN).exit_code == 0
+    assert Path("runs/digits-vanilla-seed3/model.safetensors").exists()
+
+
+def test_resume_finishes_both_networks(trained: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "both"
+    for network in training.NETWORKS:
+        (folder / network).mkdir(parents=True)
+        (folder / network / "config.json").write_bytes((trained / network / "config.json").read_bytes())
+    for name in ("checkpoint.safetensors", "metrics.jsonl"):  # vanilla done, contractive not begun
+        (folder / "vanilla" / name).write_bytes((trained / "vanilla" / name).read_bytes())
+    assert rnf("train", "--resume", folder).exit_code == 0
+    for network in training.NETWORKS:
+        ours, theirs = (root / network / "model.safetensors" for root in (folder, trained))
+        assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_evaluate_writes_its_report(trained: Path) -> None:
+    result = rnf("evaluate", trained, "--samples", "40", "--eps", "0.05", "--eps", "0.1", "--seeds", "2")
+    assert result.exit_code == 0, result.output
+    for network in training.NETWORKS:
+        content = json.loads((trained / network / "report.json").read_text())
+        assert content["n_samples"] == 40
+        assert content["settings"]["eps"] == [0.05, 0.1]
+        clean = content["results"][0]["mean"]
+        assert 0.3 < clean < 1.0
+        assert f"{clean:.2%}" in result.stdout
+        assert f"| clean | {clean:.2%} |" in (trained / network / "report.md").read_text()
+        assert (trained / network / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert result.stdout.count("held: eps 0 = clean") == 2
+
+
+def test_usage_errors_exit_with_2(trained: Path, tmp_path: Path) -> None:
+    for arguments, message in (
+        (["train", "--learning-rate", "1"], "No such option"),
+        (["train", "--dataset", "svhn"], "svhn"),
+        (["train", "--network", "all"], "all"),
+        (["train", "--backend", "abacus"], "abacus"),
+        (["train", "--epochs", "many"], "'--epochs'"),
+        (["train", "--lr", "-1"], "lr=-1.0 is out of range"),
+        (["train", "--resume", str(trained), "--lr", "1"], "--resume takes no lr"),
+        (["evaluate", str(trained), "--eps", "-0.1"], "'--eps'"),
+        (["evaluate"], "Missing argument"),
+        (["fly"], "No such command"),
+    ):
+        result = rnf(*arguments, env={"COLUMNS": "200"})
+        assert result.exit_code == 2, (arguments, result.output)
+        assert message in result.stderr
+        assert "Traceback" not in result.stderr
+
+
+def test_folders_that_do_not_fit(trained: Path, tmp_path: Path) -> None:
+    assert_sentence(rnf("train", "--out", trained / "vanilla", "--network", "vanilla", *RUN), "holds a run already")
+    assert_sentence(rnf("train", "--resume", tmp_path / "nothing"), "nothing is no run folder: it has no config.json")
+    assert_sentence(rnf("evaluate", tmp_path / "nothing"), "nothing is no run folder")
+    (tmp_path / "file").write_text("")
+    assert_sentence(rnf("train", "--out", tmp_path / "file" / "run", *RUN), "file/run.* cannot be written")
+    assert_sentence(rnf("evaluate", tmp_path / "file" / "run"), "is no run folder")
+    assert_sentence(rnf("demo", "--out", tmp_path / "file" / "demo"), "file/demo.* cannot be written")
+
+
+def test_unwritable_run_folder(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(cli.tempfile, "TemporaryFile", refuse)  # root may write anywhere
+    assert_sentence(rnf("evaluate", run), "the run folder .* cannot be written .*Permission denied")
+
+
+def test_broken_weights(run: Path) -> None:
+    path = run / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    path.write_bytes(content[:-100])
+    assert_sentence(rnf("evaluate", run), "model.safetensors is truncated, corrupted")
+    content[-100] ^= 1
+    path.write_bytes(content)
+    assert_sentence(rnf("evaluate", run), "model.safetensors is corrupted: .* SHA-256")
+    path.unlink()
+    (run / "checkpoint.safetensors").write_bytes(b"")
+    assert_sentence(rnf("evaluate", run), "checkpoint.safetensors is truncated, corrupted")
+    assert_sentence(rnf("train", "--resume", run), "checkpoint.safetensors is truncated, corrupted")
+    (run / "checkpoint.safetensors").unlink()
+    assert_sentence(rnf("evaluate", run), "has no weights yet")
+
+
+def test_weights_of_another_network(run: Path) -> None:
+    other = dataclasses.replace(training.load_config(run), n_steps=5)
+    (run / "config.json").write_text(other.to_json())
+    assert_sentence(rnf("evaluate", run), "model.safetensors does not fit the network")
+    assert_sentence(rnf("train", "--resume", run), "checkpoint.safetensors does not belong to the run")
+
+
+def test_nan_weights(run: Path) -> None:
+    tensors, state = checkpoint.load(run / "model.safetensors")
+    tensors["fc1.bias"][0] = float("nan")
+    checkpoint.save(run / "model.safetensors", tensors, state)
+    assert_sentence(rnf("evaluate", run), "cannot be evaluated: model has values that are not finite in fc1.bias")
+
+
+def test_missing_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("torchvision.datasets.utils._urlretrieve", refuse)
+    arguments = ("train", "--dataset", "mnist", "--out", tmp_path / "run")
+    assert_sentence(rnf(*arguments, "--data-root", tmp_path / "none"), "mnist can be neither read from nor downloaded")
+    (tmp_path / "file").write_text("")
+    assert_sentence(rnf(*arguments, env={"RNF_DATA_ROOT": str(tmp_path / "file" / "x")}), "mnist can be neither read")
+    assert not (tmp_path / "run").exists()
+
+
+def test_unusable_back_end_and_device(run: Path) -> None:
+    unavailable = [name for name, backend in backend_info()["backends"].items() if not backend["available"]]
+    if not unavailable:
+        pytest.skip("every back end is available here")
+    assert_sentence(rnf("evaluate", run, "--backend", unavailable[0]), f"backend '{unavailable[0]}' cannot be used")
+    assert_sentence(rnf("evaluate", run, "--device", "abacus"), "device 'abacus' cannot be used")
+
+
+def test_module_import_is_light() -> None:
+    heavy = ("sklearn", "torchvision", "matplotlib", "typer", "tensorboard", "robust_node_fast.training")
+    code = f"import sys, robust_node_fast; print([name for name in {heavy!r} if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_interrupt_says_how_to_resume(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "robust_node_fast", "train"]
+    start = [*command, "--out", str(folder), "--network", "contractive", "--n-steps", "2", "--checkpoint-every", "5"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "60"}
+
+    def stop(arguments: list[str], number: signal.Signals, after: int) -> int:
+        process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, env=environment)
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None and saved_step() <= after:
+            time.sleep(0.02)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+        (line,) = [line for line in errors.splitlines() if line.startswith("rnf: stopped")]
+        step = re.search(rf"stopped by {number.name} after step (\d+) of 690; continue with: (.*)$", line)
+        assert step is not None
+        assert step[2] == f"rnf train --resume {folder}"
+        assert "Traceback" not in errors
+        assert process.returncode == 128 + number
+        assert saved_step() == int(step[1])
+        return int(step[1])
+
+    def saved_step() -> int:
+        path = folder / "checkpoint.safetensors"
+        return int(checkpoint.load(path)[1]["step"]) if path.exists() else 0
+
+    first = stop(start, signal.SIGINT, 0)
+    assert stop([*command, "--resume", str(folder)], signal.SIGTERM, first) > first
+    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert sorted(set(steps)) == list(range(1, steps[-1] + 1))
+    assert steps == sorted(steps)
+
+
+def test_demo_prints_one_table_and_writes_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_digits: None
+) -> None:
+    result = rnf("demo", "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    rows = [line.split() for line in result.stdout.splitlines() if line.strip().startswith(training.NETWORKS)]
+    assert [row[0] for row in rows] == list(training.NETWORKS)
+    report = json.loads((tmp_path / "report.json").read_text())
+    for row in rows:
+        results = {(r["name"], r["strength"]): r["mean"] for r in report["networks"][row[0]]["results"]}
+        names = [("clean", 0.0), *(("gaussian", s) for s in (0.1, 0.2, 0.3))]
+        names += [("salt_and_pepper", 0.05), ("salt_and_pepper", 0.2), ("fgsm", 0.1), ("pgd", 0.1)]
+        assert row[1:9] == [f"{100 * results[name]:.1f}" for name in names]
+    assert result.stdout.count("plain PyTorch") == 4
+    for name in ("report.md", "accuracy.png", "training.png", "vanilla/model.safetensors", "contractive/metrics.jsonl"):
+        assert (tmp_path / name).stat().st_size > 0
+    assert "![accuracy](accuracy.png)" in (tmp_path / "report.md").read_text()
+    assert rnf("demo", "--out", tmp_path).exit_code == 0  # again, over its own folder
+
+
+@pytest.fixture
+def small_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo in a second or two: few images, few steps."""
+    whole = cli.data.load("digits")
+    few = dataclasses.replace(
+        whole,
+        train_images=whole.train_images[:200],
+        train_labels=whole.train_labels[:200],
+        test_images=whole.test_images[:20],
+        test_labels=whole.test_labels[:20],
+    )
+    monkeypatch.setattr(cli.data, "load", lambda name: few)
+    monkeypatch.setitem(training.RECIPES, "digits", {"epochs": 1, "n_steps": 2})  # type: ignore[arg-type]
+    monkeypatch.setattr("robust_node_fast._demo.WORK", (("digits network", 8), ("MNIST network", 12)))
+
+
+def test_interleaved_takes_the_least_in_turns() -> None:
+    calls: list[str] = []
+    pauses = {"slow": iter([0.0, 0.05, 0.03, 0.04]), "fast": iter([0.0, 0.002, 0.01, 0.01])}
+
+    def work(name: str) -> None:
+        calls.append(name)
+        time.sleep(next(pauses[name]))
+
+    best = _timing.interleaved({name: lambda name=name: work(name) for name in pauses}, rounds=3)
+    assert calls == ["slow", "fast"] * 4
+    assert best["slow"] == pytest.approx(0.03, abs=0.01)
+    assert best["fast"] == pytest.approx(0.002, abs=0.006)

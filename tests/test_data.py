@@ -1,0 +1,130 @@
+"""Data sets: shapes, ranges, the fixed split, and one clear sentence for everything that can go wrong."""
+
+from __future__ import annotations
+
+import os
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+
+from robust_node_fast import data
+
+ROOT = os.environ.get("RNF_DATA_ROOT")
+FOLDERS = {"mnist": "MNIST/raw", "fashionmnist": "FashionMNIST/raw", "cifar10": "cifar-10-batches-py"}
+
+
+def write_idx(root: Path, n_train: int = 3, n_test: int = 2) -> None:
+    """A tiny MNIST in the published format: pixel value = number of the image, label = number of the image."""
+    raw = root / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part, n in (("train", n_train), ("t10k", n_test)):
+        images = b"".join(bytes([50 * i]) * 28 * 28 for i in range(n))
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">IIII", 0x803, n, 28, 28) + images)
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 0x801, n) + bytes(range(n)))
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("torchvision.datasets.utils._urlretrieve", refuse)
+
+
+def test_digits_are_whole_scaled_and_split_alike_every_time() -> None:
+    first, second = data.load("digits"), data.load("digits")
+    assert first.train_images.shape == (1437, 1, 8, 8)
+    assert first.test_images.shape == (360, 1, 8, 8)
+    assert first.train_images.dtype == torch.float32
+    assert first.train_labels.dtype == torch.int64
+    assert first.train_images.min() == 0.0
+    assert first.train_images.max() == 1.0
+    counts = torch.bincount(first.test_labels, minlength=10)
+    assert counts.sum() == 360
+    assert counts.min() >= 34
+    assert counts.max() <= 37
+    for name in ("train_images", "train_labels", "test_images", "test_labels"):
+        assert torch.equal(getattr(first, name), getattr(second, name))
+    together = torch.cat([first.train_images, first.test_images]).sum()
+    from sklearn.datasets import load_digits
+
+    assert float(together) == pytest.approx(load_digits().data.sum() / 16.0)
+
+
+def test_unknown_name() -> None:
+    with pytest.raises(ValueError, match="name='svhn' is unknown, expected one of 'digits'"):
+        data.load("svhn")
+
+
+def test_mnist_files_are_read_without_download(tmp_path: Path, no_network: None) -> None:
+    write_idx(tmp_path)
+    loaded = data.load("mnist", tmp_path)
+    assert loaded.train_images.shape == (3, 1, 28, 28)
+    assert loaded.test_images.shape == (2, 1, 28, 28)
+    assert loaded.train_labels.tolist() == [0, 1, 2]
+    torch.testing.assert_close(loaded.train_images[:, 0, 5, 7], torch.tensor([0.0, 50 / 255, 100 / 255]))
+
+
+def test_root_is_the_argument_then_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_network: None
+) -> None:
+    write_idx(tmp_path / "environment", n_train=2)
+    write_idx(tmp_path / "argument", n_train=3)
+    monkeypatch.setenv("RNF_DATA_ROOT", str(tmp_path / "environment"))
+    assert len(data.load("mnist").train_labels) == 2
+    assert len(data.load("mnist", tmp_path / "argument").train_labels) == 3
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashionmnist", "cifar10"])
+def test_missing_files_without_network(name: str, tmp_path: Path, no_network: None) -> None:
+    with pytest.raises(data.DataError) as error:
+        data.load(name, tmp_path / "nowhere")
+    assert str(error.value).startswith(f"{name} can be neither read from nor downloaded to {tmp_path / 'nowhere'}")
+    assert "RNF_DATA_ROOT" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_root_that_cannot_be_made(tmp_path: Path, no_network: None) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(data.DataError, match=r"mnist can be neither read from nor downloaded to .*file/below"):
+        data.load("mnist", tmp_path / "file" / "below")
+
+
+@pytest.mark.parametrize("broken", ["train-images-idx3-ubyte", "t10k-labels-idx1-ubyte"])
+def test_truncated_files(broken: str, tmp_path: Path, no_network: None) -> None:
+    write_idx(tmp_path)
+    path = tmp_path / "MNIST" / "raw" / broken
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(data.DataError, match="mnist can be neither read") as error:
+        data.load("mnist", tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_images_and_labels_that_do_not_belong_together(tmp_path: Path, no_network: None) -> None:
+    write_idx(tmp_path)
+    raw = tmp_path / "MNIST" / "raw"
+    (raw / "train-labels-idx1-ubyte").write_bytes((raw / "t10k-labels-idx1-ubyte").read_bytes())
+    with pytest.raises(data.DataError, match="3 images but 2 labels"):
+        data.load("mnist", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "n_train"),
+    [("mnist", (1, 28, 28), 60_000), ("fashionmnist", (1, 28, 28), 60_000), ("cifar10", (3, 32, 32), 50_000)],
+)
+def test_real_data(name: str, shape: tuple[int, ...], n_train: int, no_network: None) -> None:
+    if ROOT is None or not (Path(ROOT) / FOLDERS[name]).is_dir():
+        pytest.skip(f"RNF_DATA_ROOT holds no {FOLDERS[name]}")
+    loaded = data.load(name)
+    assert loaded.train_images.shape == (n_train, *shape)
+    assert loaded.test_images.shape == (10_000, *shape)
+    assert loaded.train_images.min() == 0.0
+    assert loaded.train_images.max() == 1.0
+    assert torch.equal(loaded.test_labels.unique(), torch.arange(10))
+    if name == "cifar10":  # published channel means: the axes are where they should be
+        means = loaded.train_images.mean((0, 2, 3))
+        torch.testing.assert_close(means, torch.tensor([0.4914, 0.4822, 0.4465]), atol=2e-4, rtol=0)
+    if name == "mnist":
+        assert float(loaded.train_images.mean()) == pytest.approx(0.1307, abs=1e-4)
