@@ -173,9 +173,8 @@ def test_sigkill_at_random_moments_loses_nothing(tmp_path: Path) -> None:
     whole = time.perf_counter() - begin
     moments = random.Random(os.environ.get("RNF_TEST_SEED", "0"))
     kills, steps = 0, [0]
-    print(f"undisturbed: {whole:.2f} s")
     for _ in range(100):
-        code = run_child(killed, kill_after=moments.uniform(0.3, 0.8) * whole)
+        code = run_child(killed, kill_after=moments.uniform(0.1, 0.4) * whole)
         if code == 0:
             break
         assert code == -signal.SIGKILL
@@ -185,7 +184,7 @@ def test_sigkill_at_random_moments_loses_nothing(tmp_path: Path) -> None:
             steps.append(state["step"])
     assert code == 0
     assert kills >= 2
-    assert any(0 < step < 69 for step in steps), steps
+    assert any(0 < step < 69 for step in steps), steps  # killed half-way, not only before the start
     assert steps == sorted(steps)
     assert_same_run(killed, undisturbed)
 

@@ -1,0 +1,5 @@
+"""``python -m robust_node_fast``: the command line."""
+
+from robust_node_fast.cli import main
+
+main()

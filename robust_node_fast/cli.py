@@ -1,0 +1,317 @@
+"""The command line ``rnf``: an expected failure is one sentence on stderr and exit code 1, a wrong option code 2."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import json
+import signal
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn, get_type_hints
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from robust_node_fast import _backends, data, robustness, training
+from robust_node_fast.training import Outcome, TrainConfig
+
+app = typer.Typer(
+    name="rnf",
+    help="Fast, robust convolutional Neural ODEs: train, evaluate, and see what runs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out = Console()
+if not out.is_terminal:
+    out.width = 140  # a pipe or a file has no width: tables are not squeezed into 80 columns
+err = Console(stderr=True, highlight=False)
+
+Backend = Annotated[
+    Literal["auto", "reference", "cpu", "triton", "cuda"] | None,
+    typer.Option(help="Implementation of the ops.", show_default="$RNF_BACKEND, else auto"),
+]
+
+
+def _reported(command: Callable[..., None]) -> Callable[..., None]:
+    """Turns expected failures into one sentence and an exit code, warnings into one line each."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            with warnings.catch_warnings():
+                warnings.showwarning = lambda message, *_, **__: _say(f"note: {message}")
+                command(*args, **kwargs)
+        except (data.DataError, training.RunError, training.CheckpointError) as error:
+            _fail(str(error), 1)
+        except training.Interrupted as stopped:
+            _fail(str(stopped), 128 + stopped.signal)
+        except KeyboardInterrupt:
+            _fail("stopped by SIGINT", 128 + signal.SIGINT)
+
+    return run
+
+
+def _fail(sentence: str, code: int) -> NoReturn:
+    _say(sentence)
+    raise typer.Exit(code)
+
+
+def _say(sentence: str) -> None:
+    err.print(f"rnf: {sentence}", markup=False, soft_wrap=True)
+
+
+def _options_of_config(command: Callable[..., None]) -> Callable[..., None]:
+    """Replaces ``**changes`` of a command by one option for every field of ``TrainConfig`` it does not name itself.
+
+    Type and help are the field's. Every default is ``None``, the recipe's value, which the help shows.
+    """
+    types = get_type_hints(TrainConfig)
+    parameters = dict(inspect.signature(command, eval_str=True).parameters)
+    del parameters["changes"]
+    for field in dataclasses.fields(TrainConfig):
+        if field.name not in parameters:
+            option = typer.Option(
+                help=field.metadata["help"], show_default=_default_of(field), rich_help_panel="Recipe"
+            )
+            parameters[field.name] = inspect.Parameter(
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=None,
+                annotation=Annotated[types[field.name] | None, option],
+            )
+    command.__signature__ = inspect.Signature(list(parameters.values()))  # type: ignore[attr-defined]
+    return command
+
+
+def _default_of(field: dataclasses.Field[Any]) -> str:
+    """``5; digits: 30``: the default, then the recipes that depart from it."""
+    default = field.default_factory() if callable(field.default_factory) else field.default
+    departures = [f"{name}: {recipe[field.name]}" for name, recipe in training.RECIPES.items() if field.name in recipe]
+    return "; ".join([str(default) if default not in (None, []) else "none", *departures])
+
+
+@app.command()
+@_reported
+def info(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
+    """Which implementation every op would use here, and why not the others."""
+    found = _backends.backend_info()
+    if as_json:
+        print(json.dumps(found, indent=2, default=str))
+        return
+    out.print(
+        f"robust_node_fast {found['robust_node_fast']}, torch {found['torch']}, {found['machine']}, "
+        f"backend {found['backend']}{', strict' if found['strict'] else ''}",
+        highlight=False,
+    )
+    backends = Table("back end", "available", "details", title="Back ends")
+    for name, backend in found["backends"].items():
+        details = [f"{key} {value}" for key, value in backend.items() if key not in ("available", "reason")]
+        backends.add_row(name, "yes" if backend["available"] else "no", backend["reason"] or "; ".join(details))
+    out.print(backends)
+    ops = Table("op", "device", "runs on", "why not the others", title="Ops (float32, 3x3)")
+    for op, devices in found["ops"].items():
+        for device, choice in devices.items():
+            why_not = "; ".join(f"{name}: {reason}" for name, reason in choice["why_not"].items())
+            ops.add_row(op, device, choice["implementation"], why_not)
+    out.print(ops)
+
+
+@app.command()
+@_reported
+@_options_of_config
+def train(
+    context: typer.Context,
+    *,
+    dataset: Annotated[
+        Literal["digits", "mnist", "fashionmnist", "cifar10"], typer.Option(help="Data set.")
+    ] = "digits",
+    network: Annotated[
+        Literal["vanilla", "contractive", "both"],
+        typer.Option(
+            help="Without or with the contraction penalty, or both: same initial weights, data order, budget."
+        ),
+    ] = "both",
+    out_folder: Annotated[
+        Path | None,
+        typer.Option("--out", help="Run folder.", show_default="runs/<dataset>-<network>-seed<seed>"),
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Continue the run in this folder; its configuration is fixed.")
+    ] = None,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write TensorBoard files.")] = False,
+    backend: Backend = None,
+    **changes: Any,
+) -> None:
+    """Train the vanilla and the contractive network on a data set.
+
+    A run can be stopped or killed at any moment and continued with --resume: it ends with the same bits.
+    """
+    if resume is not None:
+        free = {"resume", "tensorboard", "backend"}
+        fixed = [name for name in context.params if name not in free and _is_given(context, name)]
+        if fixed:
+            raise typer.BadParameter(f"--resume takes no {', '.join(fixed)}: the configuration of a run is fixed")
+        folders = _runs_in(resume)
+    else:
+        configs = _configs(
+            dataset, network, {name: value for name, value in changes.items() if value not in (None, [])}
+        )
+        seed = next(iter(configs.values())).seed
+        folder = out_folder or Path("runs") / f"{dataset}-{network}-seed{seed}"
+        folders = [folder / name if network == "both" else folder for name in configs]
+    config = training.load_config(folders[0]) if resume is not None else next(iter(configs.values()))
+    _choose(backend)
+    images = data.load(config.dataset, config.data_root)
+    if resume is None:
+        for path, config in zip(folders, configs.values(), strict=True):
+            training.prepare(config, path)  # all of them first: --resume finds also those that had not begun
+    top = folders[0].parent if len(folders) > 1 else folders[0]
+    try:
+        outcomes = [fit_with_progress(path, images, tensorboard=tensorboard) for path in folders]
+    except (training.Interrupted, KeyboardInterrupt) as stopped:
+        number = stopped.signal if isinstance(stopped, training.Interrupted) else signal.SIGINT
+        _fail(f"{str(stopped) or 'stopped by SIGINT'}; continue with: rnf train --resume {top}", 128 + number)
+    _print_outcomes(outcomes)
+
+
+def _configs(dataset: str, network: str, changes: dict[str, Any]) -> dict[str, TrainConfig]:
+    names = training.NETWORKS if network == "both" else (network,)
+    try:
+        return {name: TrainConfig.recipe(dataset, network=name, **changes) for name in names}
+    except (TypeError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _choose(backend: str | None) -> None:
+    if backend is not None:
+        try:
+            _backends.set_backend(backend)
+        except RuntimeError as error:
+            _fail(str(error), 1)
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    """The run in a folder, or the two that ``--network both`` put below it."""
+    below = [folder / name for name in training.NETWORKS if (folder / name / "config.json").exists()]
+    return below if below and not (folder / "config.json").exists() else [folder]
+
+
+@contextmanager
+def _progress(task: str, total: int) -> Iterator[Callable[[int, str], None]]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("{task.fields[note]}"), console=err, disable=not err.is_terminal) as progress:
+        bar = progress.add_task(task, total=total, note="")
+        yield lambda done, note: progress.update(bar, completed=done, note=note)
+
+
+def fit_with_progress(folder: Path, dataset: data.Dataset, *, tensorboard: bool = False) -> Outcome:
+    """``training.fit`` under a progress bar on stderr."""
+    config = training.load_config(folder)
+    steps = config.epochs * -(-len(dataset.train_labels) // config.batch_size)
+    with _progress(f"train {config.network}", steps) as update:
+        return training.fit(
+            folder,
+            dataset,
+            on_step=lambda step, _, record: update(
+                step, f"loss {record['loss']:.3f} penalty {record['penalty']:.2f} rate {record['rate']:.2f}"
+            ),
+            tensorboard=tensorboard,
+        )
+
+
+def _print_outcomes(outcomes: list[Outcome]) -> None:
+    table = Table("network", "clean accuracy", "guaranteed rate", "asked rate", "penalty", "s / epoch", "folder")
+    for outcome in outcomes:
+        asked = f"{outcome.config.rate:g}" if outcome.config.network == "contractive" else "-"
+        table.add_row(
+            outcome.config.network,
+            f"{outcome.accuracy:.2%}",
+            f"{outcome.rate:.4g}",
+            asked,
+            f"{outcome.penalty:.4g}",
+            f"{outcome.seconds_per_epoch:.2f}",
+            str(outcome.folder),
+        )
+    out.print(table)
+    for outcome in outcomes:
+        if outcome.config.network == "contractive":
+            out.print(training.rate_sentence(outcome), highlight=False, soft_wrap=True)
+
+
+@app.command()
+@_reported
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Run folder of `rnf train`.")],
+    *,
+    eps: Annotated[list[float], typer.Option(min=0.0, help="Radius of the attacks (repeat for several).")] = [0.1],  # noqa: B006
+    seeds: Annotated[int, typer.Option(min=1, help="Number of noise seeds.")] = 3,
+    samples: Annotated[int | None, typer.Option(min=1, help="First test images.", show_default="all")] = None,
+    data_root: Annotated[
+        Path | None, typer.Option(help=TrainConfig.__dataclass_fields__["data_root"].metadata["help"])
+    ] = None,
+    device: Annotated[str, typer.Option(help="Device to evaluate on.")] = "cpu",
+    backend: Backend = None,
+) -> None:
+    """Accuracy of a trained network under noise and attacks: report.md, report.json and report.png in its folder."""
+    _choose(backend)
+    training.check_device(device)
+    for folder in _runs_in(run):
+        model, config = training.load_model(folder)
+        model.to(device)
+        with training.writing(folder):
+            tempfile.TemporaryFile(dir=folder).close()  # before minutes of work rather than after them
+        dataset = data.load(config.dataset, data_root or config.data_root)
+        images, labels = dataset.test_images[:samples], dataset.test_labels[:samples]
+        with _progress(f"evaluate {config.network}", len(labels)) as update:
+            try:
+                report = robustness.evaluate(
+                    model, (images, labels), eps=eps, seeds=range(seeds), on_batch=lambda done: update(done, "")
+                )
+            except ValueError as error:
+                _fail(f"{folder} cannot be evaluated: {error}", 1)
+        with training.writing(folder):
+            (folder / "report.md").write_text(f"# {config.dataset}, {config.network}\n\n{report.to_markdown()}")
+            (folder / "report.json").write_text(report.to_json())
+            report.plot(folder / "report.png")
+        _print_report(f"{config.dataset}, {config.network} ({folder})", report)
+
+
+def _print_report(title: str, report: robustness.Report) -> None:
+    table = Table("test", "accuracy", "spread over seeds", title=title)
+    for result in report.results:
+        spread = f"{result.std:.2%}" if len(result.per_seed) > 1 else ""
+        table.add_row(result.label, f"{result.mean:.2%}", spread)
+    out.print(table)
+    for check in report.checks:
+        out.print(f"{'held' if check.passed else 'NOT HELD'}: {check.name} ({check.detail})", highlight=False)
+
+
+@app.command()
+@_reported
+def demo(
+    out_folder: Annotated[Path, typer.Option("--out", help="Folder for everything it writes.")] = Path("runs/demo"),
+    backend: Backend = None,
+) -> None:
+    """Train both networks on digits from the same start, compare them under noise and attacks, measure the speed."""
+    from robust_node_fast import _demo
+
+    _choose(backend)
+    _demo.run(out_folder, out, fit_with_progress)
+
+
+def main() -> None:
+    """The console script ``rnf``."""
+    app()

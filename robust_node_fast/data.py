@@ -1,0 +1,108 @@
+"""The data sets of training and evaluation, whole in memory: float32 images in [0, 1], not normalised, int64 labels.
+
+``digits`` comes with scikit-learn and needs no network; the others are read, and where they are missing downloaded, by
+torchvision.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["DATASETS", "DataError", "Dataset", "load"]
+
+# Name -> (channels, image size); all have ten classes.
+DATASETS = {"digits": (1, 8), "mnist": (1, 28), "fashionmnist": (1, 28), "cifar10": (3, 32)}
+_TORCHVISION = {"mnist": "MNIST", "fashionmnist": "FashionMNIST", "cifar10": "CIFAR10"}
+_DEFAULT_ROOT = Path("~/.cache/robust_node_fast")
+
+
+class DataError(RuntimeError):
+    """A data set cannot be had; the message is one sentence that says why."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Images ``(n, channels, size, size)`` float32 in [0, 1] and labels ``(n,)`` int64, to train and to test with."""
+
+    name: str
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+
+
+def load(name: str, data_root: str | Path | None = None) -> Dataset:
+    """Read a data set, downloading it first where its files are missing.
+
+    Args:
+        name: ``"digits"`` (1,797 images 8x8; a fixed stratified split into 1,437 and 360), ``"mnist"``,
+            ``"fashionmnist"`` or ``"cifar10"``.
+        data_root: torchvision's root folder; default ``$RNF_DATA_ROOT``, else ``~/.cache/robust_node_fast``.
+
+    Raises:
+        ValueError: unknown name.
+        DataError: a package, the folder, the download or the files are at fault; one sentence says which.
+    """
+    if name not in DATASETS:
+        raise ValueError(f"name={name!r} is unknown, expected one of {', '.join(map(repr, DATASETS))}")
+    if name == "digits":
+        return _digits()
+    root = Path(data_root or os.environ.get("RNF_DATA_ROOT") or _DEFAULT_ROOT).expanduser()
+    with _one_sentence(name, root):
+        train_images, train_labels = _torchvision(name, root, train=True)
+        test_images, test_labels = _torchvision(name, root, train=False)
+    return Dataset(name, train_images, train_labels, test_images, test_labels)
+
+
+def _digits() -> Dataset:
+    try:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+    except ImportError as error:
+        raise DataError(f"digits needs scikit-learn, which is not installed ({error})") from error
+    images, labels = load_digits(return_X_y=True)
+    parts = train_test_split(images, labels, test_size=0.2, stratify=labels, random_state=0)
+    train, test, train_labels, test_labels = (torch.from_numpy(np.ascontiguousarray(part)) for part in parts)
+    as_images = [part.float().div_(16.0).reshape(-1, 1, 8, 8) for part in (train, test)]
+    return Dataset("digits", as_images[0], train_labels.long(), as_images[1], test_labels.long())
+
+
+def _torchvision(name: str, root: Path, *, train: bool) -> tuple[Tensor, Tensor]:
+    from torchvision import datasets
+
+    reader = getattr(datasets, _TORCHVISION[name])
+    try:
+        source = reader(root, train=train, download=False)
+    except RuntimeError:  # torchvision's word for missing or incomplete files
+        root.mkdir(parents=True, exist_ok=True)
+        source = reader(root, train=train, download=True)
+    images = torch.as_tensor(source.data)
+    images = images.unsqueeze(1) if images.dim() == 3 else images.permute(0, 3, 1, 2)
+    labels = torch.as_tensor(source.targets)
+    if len(images) != len(labels) or not len(images):
+        raise ValueError(f"{len(images)} images but {len(labels)} labels")
+    return images.contiguous().float().div_(255.0), labels.long()
+
+
+@contextmanager
+def _one_sentence(name: str, root: Path) -> Iterator[None]:
+    """Whatever torchvision throws (missing package, folder, network, broken files) as a ``DataError``."""
+    try:
+        yield
+    except ImportError as error:
+        raise DataError(f"{name} needs torchvision, which is not installed ({error})") from error
+    except Exception as error:
+        # torchvision reports broken files as ValueError, AssertionError, EOFError, UnpicklingError, ...
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(
+            f"{name} can be neither read from nor downloaded to {root} ({reason}); "
+            f"set RNF_DATA_ROOT to a folder that holds it"
+        ) from error

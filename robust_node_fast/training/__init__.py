@@ -1,0 +1,35 @@
+"""Training runs: one configuration, resumable to the bit, in a folder of JSON, JSON lines and safetensors."""
+
+from robust_node_fast.training.checkpoint import CheckpointError
+from robust_node_fast.training.config import NETWORKS, RECIPES, TrainConfig
+from robust_node_fast.training.trainer import (
+    RATE_TOLERANCE,
+    Interrupted,
+    Outcome,
+    RunError,
+    check_device,
+    fit,
+    load_config,
+    load_model,
+    prepare,
+    rate_sentence,
+    writing,
+)
+
+__all__ = [
+    "NETWORKS",
+    "RATE_TOLERANCE",
+    "RECIPES",
+    "CheckpointError",
+    "Interrupted",
+    "Outcome",
+    "RunError",
+    "TrainConfig",
+    "check_device",
+    "fit",
+    "load_config",
+    "load_model",
+    "prepare",
+    "rate_sentence",
+    "writing",
+]
