@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robust_node_fast import functional
-from robust_node_fast.nn import EulerConvFlow
+from robust_node_fast.nn import EulerConvFlow, center_bias_
 from robust_node_fast.reference import pad_channels
 
 __all__ = ["CIFARNode", "MNISTNode", "StagedCIFARNode"]
@@ -43,6 +43,12 @@ class _Node(nn.Module):
     def contraction_rate(self, *, norm: str = "2") -> Tensor:
         """``functional.contraction_rate`` of every Euler step, in the order of evaluation."""
         return torch.cat([flow.contraction_rate(norm=norm) for _, flow in self.flows()])
+
+    def center_biases_(self) -> None:
+        """``nn.center_bias_`` for every bias that an activation follows: a zero image starts as, and stays, zero."""
+        for _, flow in self.flows():
+            if flow.bias is not None:
+                center_bias_(flow.bias, flow.negative_slope)
 
     def _reference_names(self) -> dict[str, tuple[str, int]]:
         """Reference key -> (own parameter, step) for every parameter of a flow."""
@@ -120,6 +126,11 @@ class MNISTNode(_Node):
     def forward(self, input: Tensor) -> Tensor:
         z = functional.smooth_leaky_relu(self.conv0(input), self.flow.negative_slope)
         return self.fc1(self.flow(z).flatten(1))
+
+    def center_biases_(self) -> None:
+        super().center_biases_()
+        if self.conv0.bias is not None:
+            center_bias_(self.conv0.bias, self.flow.negative_slope)
 
 
 class CIFARNode(_Node):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from robust_node_fast import _checks, functional
 
-__all__ = ["EulerConvFlow", "SmoothLeakyReLU", "contractive_init_"]
+__all__ = ["EulerConvFlow", "SmoothLeakyReLU", "center_bias_", "contractive_init_"]
 
 
 class SmoothLeakyReLU(nn.Module):
@@ -195,6 +195,39 @@ def _check_euler_conv(i: int, conv: nn.Conv2d) -> None:
             f"convs[{i}]={conv} is no Euler step, expected equal channels, a square odd kernel, stride 1, dilation 1, "
             f"groups 1 and zero 'same' padding"
         )
+
+
+def _activation_root(negative_slope: float) -> float:
+    """The negative ``u`` with ``smooth_leaky_relu(u) = 0``, by bisection to the last bit of a float."""
+    if not 0.0 < negative_slope < 1.0:
+        raise ValueError(f"negative_slope={negative_slope!r} gives no root, expected a float between 0 and 1")
+    low, high = -1.0 / negative_slope, 0.0  # s(low) < 0: softplus(u) < 1 <= -negative_slope * u at u = low
+    while low < (middle := 0.5 * (low + high)) < high:
+        if negative_slope * middle + (1.0 - negative_slope) * math.log1p(math.exp(middle)) < 0.0:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+@torch.no_grad()
+def center_bias_(bias: Tensor, negative_slope: float = 0.1) -> Tensor:
+    """Fill ``bias`` with the root of the activation, -1.62 for slope 0.1: then ``smooth_leaky_relu(bias) = 0``.
+
+    With it zero is an equilibrium of an Euler step, and a stem maps the black background of an image to zero. PyTorch's
+    initial biases, near zero, give every background pixel the feature ``s(0) = 0.62``, one large component that all
+    features share, which makes a linear head slow to train.
+
+    Args:
+        bias: any shape, changed in place and returned.
+        negative_slope: of the activation, between 0 and 1.
+
+    Raises:
+        ValueError: ``negative_slope`` is not between 0 and 1.
+
+    Source: this project's.
+    """
+    return bias.fill_(_activation_root(negative_slope))
 
 
 @torch.no_grad()

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,3 +30,16 @@ def isolated(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     torch.set_num_threads(threads)
     torch.set_default_dtype(dtype)
+
+
+@pytest.fixture(scope="session")
+def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the real data sets as torchvision lays them out: ``RNF_DATA_ROOT``, or unpacked from beside us."""
+    if "RNF_DATA_ROOT" in os.environ:
+        return Path(os.environ["RNF_DATA_ROOT"])
+    prepare = Path(__file__).resolve().parents[2] / "shared" / "data" / "prepare.py"
+    if not prepare.exists():
+        pytest.skip("no real data: RNF_DATA_ROOT is not set and ../shared/data is not there")
+    root = tmp_path_factory.mktemp("data")
+    subprocess.run([sys.executable, str(prepare), str(root)], check=True, capture_output=True, timeout=300)
+    return root

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import struct
 from pathlib import Path
 
@@ -11,7 +10,6 @@ import torch
 
 from robust_node_fast import data
 
-ROOT = os.environ.get("RNF_DATA_ROOT")
 FOLDERS = {"mnist": "MNIST/raw", "fashionmnist": "FashionMNIST/raw", "cifar10": "cifar-10-batches-py"}
 
 
@@ -114,10 +112,10 @@ def test_images_and_labels_that_do_not_belong_together(tmp_path: Path, no_networ
     ("name", "shape", "n_train"),
     [("mnist", (1, 28, 28), 60_000), ("fashionmnist", (1, 28, 28), 60_000), ("cifar10", (3, 32, 32), 50_000)],
 )
-def test_real_data(name: str, shape: tuple[int, ...], n_train: int, no_network: None) -> None:
-    if ROOT is None or not (Path(ROOT) / FOLDERS[name]).is_dir():
-        pytest.skip(f"RNF_DATA_ROOT holds no {FOLDERS[name]}")
-    loaded = data.load(name)
+def test_real_data(name: str, shape: tuple[int, ...], n_train: int, no_network: None, data_root: Path) -> None:
+    if not (data_root / FOLDERS[name]).is_dir():
+        pytest.skip(f"{FOLDERS[name]} is not in the folder with the real data")
+    loaded = data.load(name, data_root)
     assert loaded.train_images.shape == (n_train, *shape)
     assert loaded.test_images.shape == (10_000, *shape)
     assert loaded.train_images.min() == 0.0

@@ -16,6 +16,7 @@ __all__ = ["NETWORKS", "RECIPES", "TrainConfig"]
 NETWORKS = ("vanilla", "contractive")
 MODELS = ("MNISTNode", "CIFARNode", "StagedCIFARNode")
 OPTIMIZERS = ("adam", "sgd")
+INITS = ("centered", "default")
 
 
 def _field(default: Any, help: str) -> Any:
@@ -28,7 +29,8 @@ def _field(default: Any, help: str) -> Any:
 class TrainConfig:
     """Everything that decides the final weights, and where the run looks for its data.
 
-    The defaults are the paper's MNIST recipe (arXiv 2508.11432); ``TrainConfig.recipe`` gives that of each data set.
+    The defaults are the paper's MNIST recipe (arXiv 2508.11432), but for ``rate_margin`` (0 in the paper) and ``init``
+    ("default" there). ``TrainConfig.recipe`` gives that of each data set.
 
     Raises:
         TypeError, ValueError: a field out of its range; the message names it, its value and what was expected.
@@ -40,6 +42,10 @@ class TrainConfig:
     model: Literal["MNISTNode", "CIFARNode", "StagedCIFARNode"] = _field("MNISTNode", "Network of rnf.models.")
     n_steps: int | None = _field(None, "Euler steps (per stage); else the model's own number.")
     step_size: float | None = _field(None, "Euler step h; else the model's own.")
+    init: Literal["centered", "default"] = _field(
+        "centered",
+        "Initial biases: centered (nn.center_bias_: black stays zero) or default (PyTorch's, as in the paper).",
+    )
     seed: int = _field(0, "Seed of the initial weights, the data order and dropout.")
     epochs: int = _field(5, "Passes over the training set.")
     batch_size: int = _field(128, "Images per optimizer step.")
@@ -71,6 +77,7 @@ class TrainConfig:
             ("model", MODELS),
             ("optimizer", OPTIMIZERS),
             ("norm", _checks.NORMS),
+            ("init", INITS),
         ):
             _checks.choice(name, getattr(self, name), choices)
         for name, least in (("seed", 0), ("epochs", 1), ("batch_size", 1), ("n_steps", 1), ("checkpoint_every", 1)):
@@ -138,6 +145,8 @@ class TrainConfig:
             num_classes=10,
             **{name: value for name, value in given.items() if value is not None},
         )
+        if self.init == "centered":
+            model.center_biases_()
         return model
 
 
@@ -147,6 +156,7 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
     "digits": {"epochs": 30, "batch_size": 64, "lr_decay": 1.0, "milestones": [22, 27]},
     "cifar10": {
         "model": "CIFARNode",
+        "init": "default",
         "optimizer": "sgd",
         "momentum": 0.9,
         "weight_decay": 1e-2,
