@@ -1,1 +1,1 @@
-"""Triton kernels, installed as ``robust_node_fast.kernels``. This release has none yet; GPU tensors run the reference."""
+"""Triton kernels, installed as ``robust_node_fast.kernels``. None yet: GPU tensors run the reference, and say so."""
