@@ -47,12 +47,13 @@ def test_figures_of_the_readme_come_from_the_committed_results() -> None:
     c32 = sorted(
         ratio(flow["C32, B32", mode], "best_pytorch_over_this", 2) for mode in ("forward+backward", "input gradient")
     )
+    eager, best = "eager_over_this", "best_pytorch_over_this"
     text = " ".join((ROOT / "README.md").read_text().split())
     for sentence in (
         f"**{plain / ours:.1f} times faster training**",
         f"takes {ours:.1f} s instead of {plain:.1f} s",
-        f"**{ratio(forward, 'eager_over_this')} times faster flow, {ratio(attack, 'eager_over_this')} times faster attacks**",
-        f"{ratio(forward, 'best_pytorch_over_this')} and {ratio(attack, 'best_pytorch_over_this')} times against the best",
+        f"**{ratio(forward, eager)} times faster flow, {ratio(attack, eager)} times faster attacks**",
+        f"{ratio(forward, best)} and {ratio(attack, best)} times against the best",
         f"is {c32[0]} to {c32[1]} times as fast as `torch.compile`",
         f"at 128 channels {ratio(flow['CIFAR net, B16', 'input gradient'], 'best_pytorch_over_this', 2)} (same file)",
     ):
