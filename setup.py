@@ -131,7 +131,8 @@ def extensions() -> tuple[list[Extension], list[str]]:
         Extension(
             "robust_node_fast._C",
             sources=[str(path.relative_to(HERE)) for path in sorted((HERE / "csrc").rglob("*.cpp"))],
-            include_dirs=[str(torch / "include"), pybind11.get_include(), sysconfig.get_paths()["include"]],
+            # pybind11 first: the copy that some torch releases ship refuses to be used with the stable ABI.
+            include_dirs=[pybind11.get_include(), str(torch / "include"), sysconfig.get_paths()["include"]],
             library_dirs=[str(torch / "lib")],
             libraries=["torch_cpu", "c10"],
             define_macros=[
