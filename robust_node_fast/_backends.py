@@ -60,11 +60,8 @@ def _load_cpu() -> Backend:
     try:
         native = importlib.import_module("robust_node_fast._C")
     except ImportError as error:
-        return Backend(
-            "cpu",
-            ("cpu",),
-            f"the compiled library is missing ({error}); reinstall with a C++17 compiler, pip install -v shows why it fails",
-        )
+        hint = "reinstall with a C++17 compiler; pip install -v shows what went wrong"
+        return Backend("cpu", ("cpu",), f"the compiled library is missing ({error}): {hint}")
     from robust_node_fast import _cpu
 
     return Backend("cpu", ("cpu",), None, _cpu.IMPLEMENTATIONS, native.build_info())
