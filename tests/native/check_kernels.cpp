@@ -266,7 +266,7 @@ int main() {
   for (const rnf::Kernels* kernels : sets)
     check_flow<float>(*kernels, {1, 16, 40, 40, 3, 1, false}, false, false, true, true, two);
   for (const rnf::Kernels* kernels : sets)
-    for (int64_t count : {0, 1, 3, 15, 16, 17, 4096, 4097, 9001}) {
+    for (int64_t count : {0, 1, 3, 15, 16, 17, 16384, 16385, 40001}) {
       check_activation<float>(*kernels, count, two);
       check_activation<double>(*kernels, count, one);
     }
