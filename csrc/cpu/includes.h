@@ -6,4 +6,5 @@
 #include <new>
 
 #include "api.h"
+#include "filter_cache.h"
 #include "memory.h"

@@ -4,6 +4,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 namespace rnf {
 
@@ -12,9 +15,16 @@ template <class T>
 class Buffer {
  public:
   explicit Buffer(int64_t count) {
-    const std::size_t bytes = (static_cast<std::size_t>(count) * sizeof(T) + 63) / 64 * 64;
-    data_ = static_cast<T*>(std::aligned_alloc(64, bytes ? bytes : 64));
+    constexpr std::size_t kLine = 64, kHugePage = std::size_t{2} << 20;
+    const std::size_t size = static_cast<std::size_t>(count) * sizeof(T);
+    const std::size_t unit = size >= kHugePage ? kHugePage : kLine;
+    const std::size_t bytes = (size / unit + 1) * unit;
+    data_ = static_cast<T*>(std::aligned_alloc(unit, bytes));
     if (data_ == nullptr) throw std::bad_alloc();
+#ifdef __linux__
+    // Filters and states of megabytes, walked with large strides: small pages cost more than the arithmetic.
+    if (unit == kHugePage) madvise(data_, bytes, MADV_HUGEPAGE);
+#endif
   }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
