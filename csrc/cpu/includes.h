@@ -4,6 +4,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
 
 #include "api.h"
 #include "filter_cache.h"

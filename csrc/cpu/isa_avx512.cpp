@@ -13,6 +13,7 @@
 #define RNF_ISA avx512
 #define RNF_VECTOR_BYTES 64
 #define RNF_MAX_OUTPUTS 8
+#define RNF_TABLE_LOOKUP
 #include "kernels.inc"
 #ifdef __clang__
 #pragma clang attribute pop
