@@ -71,9 +71,9 @@ rnf::FlowShape flow_shape(const Tensor& input, const Tensor& weight, int64_t ste
 }
 
 // The trajectory's shape is Python's business; that it can be written without leaving its memory is checked here.
-void check_like(const Tensor& tensor, const rnf::FlowShape& s, const char* name) {
+void check_like(const Tensor& tensor, const rnf::FlowShape& s, const char* name, int64_t states) {
   const int64_t first = tensor.dim() - 4;
-  STD_TORCH_CHECK((first == 0 || (first == 1 && tensor.size(0) == s.steps + 1)) && tensor.size(first) == s.batch &&
+  STD_TORCH_CHECK((first == 0 || (first == 1 && tensor.size(0) == states)) && tensor.size(first) == s.batch &&
                       tensor.size(first + 1) == s.channels && tensor.size(first + 2) == s.height &&
                       tensor.size(first + 3) == s.width,
                   name, ": unexpected shape");
@@ -97,9 +97,10 @@ void with_type(const Tensor& tensor, const Body& body) {
 }
 
 void flow_forward(Tensor input, Tensor weight, std::optional<Tensor> bias, double step_size, double negative_slope,
-                  int64_t n_steps, Tensor output) {
+                  int64_t n_steps, Tensor output, std::optional<Tensor> preactivation) {
   const rnf::FlowShape shape = flow_shape(input, weight, n_steps);
-  check_like(output, shape, "output");
+  check_like(output, shape, "output", n_steps + 1);
+  if (preactivation) check_like(*preactivation, shape, "preactivation", n_steps);
   if (bias) check_count(*bias, shape.banks() * shape.channels, "bias");
   with_type(input, [&](auto type) {
     using T = decltype(type);
@@ -111,18 +112,26 @@ void flow_forward(Tensor input, Tensor weight, std::optional<Tensor> bias, doubl
                                 bias ? dense<const T>(*bias, "bias") : nullptr,
                                 view<T>(output, "output"),
                                 is_trajectory(output),
-                                state_stride(output)};
+                                state_stride(output),
+                                preactivation ? view<T>(*preactivation, "preactivation") : rnf::View<T>{},
+                                preactivation ? preactivation->stride(0) : 0};
     rnf::kernels().of<T>().flow_forward(p, parallel());
   });
 }
 
 void flow_backward(Tensor grad_output, Tensor input, Tensor weight, std::optional<Tensor> bias, double step_size,
-                   double negative_slope, int64_t n_steps, std::optional<Tensor> grad_input,
+                   double negative_slope, int64_t n_steps, std::optional<Tensor> last_state,
+                   std::optional<Tensor> preactivation, std::optional<Tensor> grad_input,
                    std::optional<Tensor> grad_weight, std::optional<Tensor> grad_bias) {
   const rnf::FlowShape shape = flow_shape(input, weight, n_steps);
-  check_like(grad_output, shape, "grad_output");
+  check_like(grad_output, shape, "grad_output", n_steps + 1);
+  STD_TORCH_CHECK(last_state.has_value() == preactivation.has_value(), "last_state and preactivation go together");
+  if (preactivation) {
+    check_like(*last_state, shape, "last_state", 0);
+    check_like(*preactivation, shape, "preactivation", n_steps);
+  }
   if (bias) check_count(*bias, shape.banks() * shape.channels, "bias");
-  if (grad_input) check_like(*grad_input, shape, "grad_input");
+  if (grad_input) check_like(*grad_input, shape, "grad_input", 0);
   if (grad_weight) check_count(*grad_weight, shape.banks() * shape.channels * shape.taps(), "grad_weight");
   if (grad_bias) check_count(*grad_bias, shape.banks() * shape.channels, "grad_bias");
   with_type(input, [&](auto type) {
@@ -136,6 +145,9 @@ void flow_backward(Tensor grad_output, Tensor input, Tensor weight, std::optiona
                                  view<const T>(input, "input"),
                                  dense<const T>(weight, "weight"),
                                  bias ? dense<const T>(*bias, "bias") : nullptr,
+                                 last_state ? view<const T>(*last_state, "last_state") : rnf::View<const T>{},
+                                 preactivation ? view<const T>(*preactivation, "preactivation") : rnf::View<const T>{},
+                                 preactivation ? preactivation->stride(0) : 0,
                                  grad_input ? view<T>(*grad_input, "grad_input") : rnf::View<T>{},
                                  grad_weight ? dense<T>(*grad_weight, "grad_weight") : nullptr,
                                  grad_bias ? dense<T>(*grad_bias, "grad_bias") : nullptr};
@@ -207,10 +219,10 @@ void contraction_penalty_backward(Tensor grad_output, Tensor weight, Tensor coef
 STABLE_TORCH_LIBRARY(robust_node_fast_cpu, m) {
   m.def(
       "flow_forward(Tensor input, Tensor weight, Tensor? bias, float step_size, float negative_slope, int n_steps, "
-      "Tensor(a!) output) -> ()");
+      "Tensor(a!) output, Tensor(b!)? preactivation) -> ()");
   m.def(
       "flow_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor? bias, float step_size, "
-      "float negative_slope, int n_steps, Tensor(a!)? grad_input, Tensor(b!)? grad_weight, Tensor(c!)? grad_bias) -> "
+      "float negative_slope, int n_steps, Tensor? last_state, Tensor? preactivation, Tensor(a!)? grad_input, Tensor(b!)? grad_weight, Tensor(c!)? grad_bias) -> "
       "()");
   m.def("activation(Tensor? grad_output, Tensor input, float negative_slope, Tensor(a!) output) -> ()");
   m.def(

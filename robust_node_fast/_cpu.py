@@ -74,6 +74,7 @@ def euler_conv_flow(
         negative_slope,
         n_steps,
         output,
+        None,
     )
     return output
 
@@ -100,6 +101,8 @@ def euler_conv_flow_backward(
         step_size,
         negative_slope,
         n_steps,
+        None,
+        None,
         grad_input,
         grad_weight,
         grad_bias,

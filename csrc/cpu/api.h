@@ -45,6 +45,9 @@ struct FlowForward {
   View<T> output;
   bool trajectory;       // all N + 1 states are wanted, not only the last one
   int64_t state_stride;  // between the states of a trajectory
+  // What the activation was applied to in each step, for the backward pass; data == nullptr: not wanted.
+  View<T> preactivation;
+  int64_t preactivation_stride;
 };
 
 template <class T>
@@ -57,6 +60,9 @@ struct FlowBackward {
   View<const T> input;
   const T* weight;
   const T* bias;
+  // Saved by the forward pass: its last state and all preactivations; data == nullptr: to be computed again.
+  View<const T> last_state, preactivation;
+  int64_t preactivation_stride;
   View<T> grad_input;  // data == nullptr: not wanted; the same for the next two
   T* grad_weight;      // (banks, C, C, k, k) contiguous
   T* grad_bias;        // (banks, C) contiguous
