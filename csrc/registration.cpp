@@ -13,6 +13,7 @@
 #include <optional>
 
 #include "cpu/api.h"
+#include "cpu/memory.h"
 
 namespace {
 
@@ -56,6 +57,11 @@ rnf::View<T> view(const Tensor& tensor, const char* name) {
 bool is_trajectory(const Tensor& output) { return output.dim() == 5; }
 int64_t state_stride(const Tensor& output) { return is_trajectory(output) ? output.stride(0) : 0; }
 
+template <class T>
+rnf::Steps<T> steps(const std::optional<Tensor>& tensor, const char* name) {
+  return tensor ? rnf::Steps<T>{view<T>(*tensor, name), tensor->stride(0)} : rnf::Steps<T>{};
+}
+
 rnf::FlowShape flow_shape(const Tensor& input, const Tensor& weight, int64_t steps) {
   STD_TORCH_CHECK(input.dim() == 4 && (weight.dim() == 4 || weight.dim() == 5), "expected (B, C, H, W) and filters");
   const int64_t first = weight.dim() - 4;
@@ -97,10 +103,13 @@ void with_type(const Tensor& tensor, const Body& body) {
 }
 
 void flow_forward(Tensor input, Tensor weight, std::optional<Tensor> bias, double step_size, double negative_slope,
-                  int64_t n_steps, Tensor output, std::optional<Tensor> preactivation) {
+                  int64_t n_steps, Tensor output, std::optional<Tensor> states, std::optional<Tensor> slopes) {
   const rnf::FlowShape shape = flow_shape(input, weight, n_steps);
   check_like(output, shape, "output", n_steps + 1);
-  if (preactivation) check_like(*preactivation, shape, "preactivation", n_steps);
+  if (states) check_like(*states, shape, "states", n_steps);
+  if (slopes) check_like(*slopes, shape, "slopes", n_steps);
+  for (const std::optional<Tensor>& fresh : {states, slopes})
+    if (fresh) rnf::prefer_huge_pages(fresh->mutable_data_ptr(), fresh->numel() * fresh->element_size());
   if (bias) check_count(*bias, shape.banks() * shape.channels, "bias");
   with_type(input, [&](auto type) {
     using T = decltype(type);
@@ -113,23 +122,21 @@ void flow_forward(Tensor input, Tensor weight, std::optional<Tensor> bias, doubl
                                 view<T>(output, "output"),
                                 is_trajectory(output),
                                 state_stride(output),
-                                preactivation ? view<T>(*preactivation, "preactivation") : rnf::View<T>{},
-                                preactivation ? preactivation->stride(0) : 0};
+                                steps<T>(states, "states"),
+                                steps<T>(slopes, "slopes")};
     rnf::kernels().of<T>().flow_forward(p, parallel());
   });
 }
 
 void flow_backward(Tensor grad_output, Tensor input, Tensor weight, std::optional<Tensor> bias, double step_size,
-                   double negative_slope, int64_t n_steps, std::optional<Tensor> last_state,
-                   std::optional<Tensor> preactivation, std::optional<Tensor> grad_input,
+                   double negative_slope, int64_t n_steps, std::optional<Tensor> states, std::optional<Tensor> slopes,
+                   std::optional<Tensor> grad_input,
                    std::optional<Tensor> grad_weight, std::optional<Tensor> grad_bias) {
   const rnf::FlowShape shape = flow_shape(input, weight, n_steps);
   check_like(grad_output, shape, "grad_output", n_steps + 1);
-  STD_TORCH_CHECK(last_state.has_value() == preactivation.has_value(), "last_state and preactivation go together");
-  if (preactivation) {
-    check_like(*last_state, shape, "last_state", 0);
-    check_like(*preactivation, shape, "preactivation", n_steps);
-  }
+  if (states) check_like(*states, shape, "states", n_steps);
+  if (slopes) check_like(*slopes, shape, "slopes", n_steps);
+  STD_TORCH_CHECK(!slopes || states || !grad_weight, "the weight's gradient takes the states beside the slopes");
   if (bias) check_count(*bias, shape.banks() * shape.channels, "bias");
   if (grad_input) check_like(*grad_input, shape, "grad_input", 0);
   if (grad_weight) check_count(*grad_weight, shape.banks() * shape.channels * shape.taps(), "grad_weight");
@@ -145,9 +152,8 @@ void flow_backward(Tensor grad_output, Tensor input, Tensor weight, std::optiona
                                  view<const T>(input, "input"),
                                  dense<const T>(weight, "weight"),
                                  bias ? dense<const T>(*bias, "bias") : nullptr,
-                                 last_state ? view<const T>(*last_state, "last_state") : rnf::View<const T>{},
-                                 preactivation ? view<const T>(*preactivation, "preactivation") : rnf::View<const T>{},
-                                 preactivation ? preactivation->stride(0) : 0,
+                                 steps<const T>(states, "states"),
+                                 steps<const T>(slopes, "slopes"),
                                  grad_input ? view<T>(*grad_input, "grad_input") : rnf::View<T>{},
                                  grad_weight ? dense<T>(*grad_weight, "grad_weight") : nullptr,
                                  grad_bias ? dense<T>(*grad_bias, "grad_bias") : nullptr};
@@ -219,10 +225,10 @@ void contraction_penalty_backward(Tensor grad_output, Tensor weight, Tensor coef
 STABLE_TORCH_LIBRARY(robust_node_fast_cpu, m) {
   m.def(
       "flow_forward(Tensor input, Tensor weight, Tensor? bias, float step_size, float negative_slope, int n_steps, "
-      "Tensor(a!) output, Tensor(b!)? preactivation) -> ()");
+      "Tensor(a!) output, Tensor(b!)? states, Tensor(c!)? slopes) -> ()");
   m.def(
       "flow_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor? bias, float step_size, "
-      "float negative_slope, int n_steps, Tensor? last_state, Tensor? preactivation, Tensor(a!)? grad_input, Tensor(b!)? grad_weight, Tensor(c!)? grad_bias) -> "
+      "float negative_slope, int n_steps, Tensor? states, Tensor? slopes, Tensor(a!)? grad_input, Tensor(b!)? grad_weight, Tensor(c!)? grad_bias) -> "
       "()");
   m.def("activation(Tensor? grad_output, Tensor input, float negative_slope, Tensor(a!) output) -> ()");
   m.def(

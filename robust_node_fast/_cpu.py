@@ -32,7 +32,11 @@ def _widened(function: Callable[..., Any]) -> Callable[..., Any]:
         if dtype not in (torch.float16, torch.bfloat16):
             return function(*args)
         result = function(*map(up, args))
-        return result.to(dtype) if isinstance(result, Tensor) else tuple(r.to(dtype) for r in result)
+        if isinstance(result, Tensor):
+            return result.to(dtype)
+        if function is euler_conv_flow_saving:
+            return result[0].to(dtype), *result[1:]
+        return tuple(r.to(dtype) for r in result)
 
     return run
 
@@ -56,6 +60,30 @@ def smooth_leaky_relu_backward(grad_output: Tensor, input: Tensor, negative_slop
     return output
 
 
+def _run_flow(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    step_size: float,
+    negative_slope: float,
+    n_steps: int,
+    output: Tensor,
+    states: Tensor | None,
+    slopes: Tensor | None,
+) -> None:
+    _flow_forward(
+        input,
+        weight.contiguous(),
+        None if bias is None else bias.contiguous(),
+        step_size,
+        negative_slope,
+        n_steps,
+        output,
+        states,
+        slopes,
+    )
+
+
 def euler_conv_flow(
     input: Tensor,
     weight: Tensor,
@@ -66,17 +94,25 @@ def euler_conv_flow(
     return_trajectory: bool,
 ) -> Tensor:
     output = _layout.empty_trajectory(input, n_steps + 1) if return_trajectory else _layout.empty_state(input)
-    _flow_forward(
-        input,
-        weight.contiguous(),
-        None if bias is None else bias.contiguous(),
-        step_size,
-        negative_slope,
-        n_steps,
-        output,
-        None,
-    )
+    _run_flow(input, weight, bias, step_size, negative_slope, n_steps, output, None, None)
     return output
+
+
+def euler_conv_flow_saving(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    step_size: float,
+    negative_slope: float,
+    n_steps: int,
+    save_states: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    output = _layout.empty_state(input)
+    states, slopes = _layout.empty_saved(input, n_steps, save_states)
+    _run_flow(
+        input, weight, bias, step_size, negative_slope, n_steps, output, states if save_states else None, slopes
+    )
+    return output, states, slopes
 
 
 def euler_conv_flow_backward(
@@ -89,6 +125,8 @@ def euler_conv_flow_backward(
     n_steps: int,
     return_trajectory: bool,
     output_mask: Sequence[bool],
+    states: Tensor | None = None,
+    slopes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_input = _layout.empty_state(input) if output_mask[0] else None
     grad_weight = weight.new_empty(weight.shape) if output_mask[1] else None
@@ -101,8 +139,8 @@ def euler_conv_flow_backward(
         step_size,
         negative_slope,
         n_steps,
-        None,
-        None,
+        states,
+        slopes,
         grad_input,
         grad_weight,
         grad_bias,
@@ -166,6 +204,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
         euler_conv_step,
         euler_conv_step_backward,
         euler_conv_flow,
+        euler_conv_flow_saving,
         euler_conv_flow_backward,
         contraction_penalty,
         contraction_penalty_backward,

@@ -24,3 +24,10 @@ def empty_trajectory(input: Tensor, states: int | torch.SymInt) -> Tensor:
     if memory_format(input) is torch.channels_last:
         return input.new_empty((states, batch, height, width, channels)).permute(0, 1, 4, 2, 3)
     return input.new_empty((states, batch, channels, height, width))
+
+
+def empty_saved(input: Tensor, n_steps: int | torch.SymInt, save_states: bool) -> tuple[Tensor, Tensor]:
+    """Uninitialised states (empty unless wanted) and slopes of all steps, in float32 at least."""
+    wide = input if input.dtype == torch.float64 else torch.empty_like(input, dtype=torch.float32)
+    states = empty_trajectory(wide, n_steps) if save_states else wide.new_empty(0)
+    return states, empty_trajectory(wide, n_steps)

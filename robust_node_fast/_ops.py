@@ -32,9 +32,16 @@ _SCHEMAS = {
         "(Tensor input, Tensor weight, Tensor? bias, float step_size, float negative_slope, SymInt n_steps, "
         "bool return_trajectory) -> Tensor"
     ),
+    # Output, then for the backward op the states that enter the steps (empty unless asked for) and h s'(u).
+    "euler_conv_flow_saving": (
+        "(Tensor input, Tensor weight, Tensor? bias, float step_size, float negative_slope, SymInt n_steps, "
+        "bool save_states) -> (Tensor, Tensor, Tensor)"
+    ),
+    # states and slopes: what euler_conv_flow_saving saved; without them they are computed again.
     "euler_conv_flow_backward": (
         "(Tensor grad_output, Tensor input, Tensor weight, Tensor? bias, float step_size, float negative_slope, "
-        "SymInt n_steps, bool return_trajectory, bool[3] output_mask) -> (Tensor, Tensor, Tensor)"
+        "SymInt n_steps, bool return_trajectory, bool[3] output_mask, Tensor? states=None, Tensor? slopes=None) -> "
+        "(Tensor, Tensor, Tensor)"
     ),
     "contraction_penalty": (
         "(Tensor weight, float rate, float slope_low, float slope_high, str norm, str reduction) -> (Tensor, Tensor)"
@@ -66,6 +73,10 @@ def _reference_flow(
         n_steps=n_steps,
         return_trajectory=all_,
     )
+
+
+def _reference_flow_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return reference.euler_conv_flow_backward(*args[:9])  # computes everything again: what was saved is not needed
 
 
 def _reference_step(
@@ -100,7 +111,8 @@ _DIFFERENTIABLE: dict[str, Callable[..., Any]] = {
     "euler_conv_step": _reference_step,
     "euler_conv_step_backward": _reference_step_backward,
     "euler_conv_flow": _reference_flow,
-    "euler_conv_flow_backward": reference.euler_conv_flow_backward,
+    "euler_conv_flow_saving": reference.euler_conv_flow_saving,
+    "euler_conv_flow_backward": _reference_flow_backward,
     "contraction_penalty": _reference_penalty,
     "contraction_penalty_backward": reference.contraction_penalty_backward,
 }
@@ -147,10 +159,17 @@ def _fake_flow(
     return _layout.empty_trajectory(input, n_steps + 1) if all_ else _layout.empty_state(input)
 
 
+def _fake_flow_saving(
+    input: Tensor, weight: Tensor, bias: Tensor | None, h: float, a: float, n_steps: int, save_states: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    states, slopes = _layout.empty_saved(input, n_steps, save_states)
+    return _layout.empty_state(input), states, slopes
+
+
 def _fake_flow_backward(
     grad_output: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    mask = rest[-1]
+    mask = next(value for value in reversed(rest) if isinstance(value, (list, tuple)))
     return (
         _layout.empty_state(input) if mask[0] else input.new_empty(0),
         weight.new_empty(weight.shape) if mask[1] else input.new_empty(0),
@@ -176,6 +195,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "euler_conv_step": _fake_step,
     "euler_conv_step_backward": _fake_flow_backward,
     "euler_conv_flow": _fake_flow,
+    "euler_conv_flow_saving": _fake_flow_saving,
     "euler_conv_flow_backward": _fake_flow_backward,
     "contraction_penalty": _fake_penalty,
     "contraction_penalty_backward": _fake_penalty_backward,
@@ -214,6 +234,7 @@ _OPS = torch.ops.robust_node_fast
 smooth_leaky_relu = _OPS.smooth_leaky_relu.default
 euler_conv_step = _OPS.euler_conv_step.default
 euler_conv_flow = _OPS.euler_conv_flow.default
+euler_conv_flow_saving = _OPS.euler_conv_flow_saving.default
 
 
 def contraction_penalty(
@@ -234,7 +255,7 @@ def _register_autograd(name: str, saved: Sequence[int], backward: Callable[..., 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         extra = (output[1],) if name == "contraction_penalty" else ()
         ctx.save_for_backward(*(inputs[i] for i in saved), *extra)
-        ctx.scalars = tuple(None if i in saved else value for i, value in enumerate(inputs))
+        ctx.scalars = tuple(None if isinstance(value, Tensor) else value for value in inputs)
 
     torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context)
 
@@ -257,6 +278,25 @@ def _step_gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 def _flow_gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     mask = _wanted(ctx, 3)
     grads = _OPS.euler_conv_flow_backward(grad, *ctx.saved_tensors, *ctx.scalars[3:], mask)
+    return *(g if wanted else None for g, wanted in zip(grads, mask, strict=True)), None, None, None, None
+
+
+def _save_flow(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, states, slopes = output
+    ctx.save_for_backward(*inputs[:3], states, slopes)
+    ctx.mark_non_differentiable(states, slopes)
+    ctx.set_materialize_grads(False)  # no zeros as large as what was saved
+    ctx.scalars = inputs[3:6]
+    ctx.has_states = inputs[6]
+
+
+def _saving_flow_gradient(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    if grad is None:
+        return (None,) * 7
+    mask = _wanted(ctx, 3)
+    input, weight, bias, states, slopes = ctx.saved_tensors
+    saved = (states if ctx.has_states else None, slopes)
+    grads = _OPS.euler_conv_flow_backward(grad, input, weight, bias, *ctx.scalars, False, mask, *saved)
     return *(g if wanted else None for g, wanted in zip(grads, mask, strict=True)), None, None, None, None
 
 
@@ -303,6 +343,9 @@ def _second_order(name: str, tensors: int) -> Callable[..., Any]:
 _register_autograd("smooth_leaky_relu", (0,), _smooth_leaky_relu_gradient)
 _register_autograd("euler_conv_step", (0, 1, 2), _step_gradient)
 _register_autograd("euler_conv_flow", (0, 1, 2), _flow_gradient)
+torch.library.register_autograd(
+    f"{NAMESPACE}::euler_conv_flow_saving", _saving_flow_gradient, setup_context=_save_flow
+)
 _register_autograd("contraction_penalty", (0,), _penalty_gradient)
 _register_autograd("smooth_leaky_relu_backward", (0, 1), _second_order("smooth_leaky_relu_backward", 2))
 _register_autograd("euler_conv_step_backward", (0, 1, 2, 3), _second_order("euler_conv_step_backward", 4))
@@ -333,6 +376,6 @@ def _register_autocast(name: str, device: str, dtype: Callable[[], torch.dtype])
 
 
 for _device in ("cpu", "cuda"):
-    for _name in ("euler_conv_step", "euler_conv_flow"):
+    for _name in ("euler_conv_step", "euler_conv_flow", "euler_conv_flow_saving"):
         _register_autocast(_name, _device, partial(torch.get_autocast_dtype, _device))
     _register_autocast("contraction_penalty", _device, lambda: torch.float32)

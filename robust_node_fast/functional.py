@@ -88,11 +88,12 @@ def euler_conv_flow(
     negative_slope: float = 0.1,
     n_steps: int | None = None,
     return_trajectory: bool = False,
+    recompute: bool = True,
 ) -> Tensor:
     """``for k in range(N): input = euler_conv_step(input, weight[k], bias[k], ...)`` in one fused call.
 
-    The gradients are the exact gradients of the discrete network (no adjoint ODE). Only ``input``, ``weight`` and
-    ``bias`` are saved for backward, however many steps there are; states are recomputed in cache.
+    The gradients are the exact gradients of the discrete network (no adjoint ODE). By default only ``input``,
+    ``weight`` and ``bias`` are saved for backward, however many steps there are; states are recomputed in cache.
 
     Args:
         input: ``(B, C, H, W)``, contiguous or channels_last (kept in the result); other strides give a contiguous one.
@@ -102,6 +103,9 @@ def euler_conv_flow(
         negative_slope: of the activation.
         n_steps: number of steps for shared weights; must be left out otherwise.
         return_trajectory: return all states ``(N + 1, B, C, H, W)``, the input first, instead of the last one.
+        recompute: if false, save each step's slopes ``(N, B, C, H, W)`` for backward, and its states too when
+            ``weight`` requires a gradient: the same gradients, sooner, for more memory. A trajectory is always
+            recomputed.
 
     Returns:
         ``(B, C, H, W)`` or the trajectory.
@@ -123,6 +127,11 @@ def euler_conv_flow(
             n_steps=n_steps,
             return_trajectory=return_trajectory,
         )
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias))
+    if wanted and not recompute and not return_trajectory:
+        steps = weight.shape[0] if n_steps is None else n_steps
+        save_states = weight.requires_grad
+        return _ops.euler_conv_flow_saving(input, weight, bias, step_size, negative_slope, steps, save_states)[0]
     return _ops.euler_conv_flow(
         input,
         weight,

@@ -39,6 +39,7 @@ class EulerConvFlow(nn.Module):
         bias: learn ``bias``.
         negative_slope: of the activation.
         shared_weights: one filter bank for all steps instead of one per step.
+        recompute: what backward needs is computed again (default), or saved: faster, with memory growing with N.
         device, dtype: of the parameters.
 
     Attributes:
@@ -63,6 +64,7 @@ class EulerConvFlow(nn.Module):
         bias: bool = True,
         negative_slope: float = 0.1,
         shared_weights: bool = False,
+        recompute: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -78,6 +80,7 @@ class EulerConvFlow(nn.Module):
         _checks.number("negative_slope", negative_slope)
         self.channels, self.n_steps, self.step_size = channels, n_steps, step_size
         self.kernel_size, self.negative_slope, self.shared_weights = kernel_size, negative_slope, shared_weights
+        self.recompute = recompute
         steps = () if shared_weights else (n_steps,)
         self.weight = nn.Parameter(
             torch.empty((*steps, channels, channels, kernel_size, kernel_size), device=device, dtype=dtype)
@@ -102,6 +105,7 @@ class EulerConvFlow(nn.Module):
             negative_slope=self.negative_slope,
             n_steps=self.n_steps if self.shared_weights else None,
             return_trajectory=return_trajectory,
+            recompute=self.recompute,
         )
 
     def vector_field(self, t: Tensor | float, z: Tensor) -> Tensor:

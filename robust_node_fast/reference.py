@@ -147,6 +147,28 @@ def smooth_leaky_relu_backward(grad_output: Tensor, input: Tensor, negative_slop
     return grad_output * (negative_slope + (1.0 - negative_slope) * torch.sigmoid(input))
 
 
+def euler_conv_flow_saving(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    step_size: float,
+    negative_slope: float,
+    n_steps: int,
+    save_states: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Last state, and what its gradients need: states that enter the steps (empty unless wanted) and ``h * s'(u_k)``."""
+    states, slopes = [input], []
+    for k in range(n_steps):
+        w = weight if weight.dim() == 4 else weight[k]
+        b = bias if bias is None or weight.dim() == 4 else bias[k]
+        u = F.conv2d(states[-1], w, b, padding=int(weight.shape[-1]) // 2)
+        slopes.append(step_size * smooth_leaky_relu_backward(torch.ones_like(u), u, negative_slope))
+        states.append(states[-1] + step_size * smooth_leaky_relu(u, negative_slope))
+    wide = input.dtype if input.dtype == torch.float64 else torch.float32
+    kept = torch.stack(states[:-1]).to(wide) if save_states else input.new_empty(0, dtype=wide)
+    return states[-1], kept, torch.stack(slopes).to(wide)
+
+
 def euler_conv_flow_backward(
     grad_output: Tensor,
     input: Tensor,

@@ -28,6 +28,19 @@ struct View {
   int64_t batch, channel, row, column;
 };
 
+// N of them, one a step: the states that enter the steps, or the slopes h s'(u). data == nullptr: not there.
+template <class T>
+struct Steps {
+  View<T> first;
+  int64_t stride;
+  explicit operator bool() const { return first.data != nullptr; }
+  View<T> of(int64_t k) const {
+    View<T> view = first;
+    view.data += k * stride;
+    return view;
+  }
+};
+
 struct FlowShape {
   int64_t batch, channels, height, width, kernel, steps;
   bool shared;  // one filter bank (C, C, k, k) for all steps instead of (N, C, C, k, k)
@@ -45,9 +58,7 @@ struct FlowForward {
   View<T> output;
   bool trajectory;       // all N + 1 states are wanted, not only the last one
   int64_t state_stride;  // between the states of a trajectory
-  // What the activation was applied to in each step, for the backward pass; data == nullptr: not wanted.
-  View<T> preactivation;
-  int64_t preactivation_stride;
+  Steps<T> states, slopes;  // to be saved for the backward pass, if there is room for them
 };
 
 template <class T>
@@ -60,9 +71,7 @@ struct FlowBackward {
   View<const T> input;
   const T* weight;
   const T* bias;
-  // Saved by the forward pass: its last state and all preactivations; data == nullptr: to be computed again.
-  View<const T> last_state, preactivation;
-  int64_t preactivation_stride;
+  Steps<const T> states, slopes;  // as saved by the forward pass, or to be computed again
   View<T> grad_input;  // data == nullptr: not wanted; the same for the next two
   T* grad_weight;      // (banks, C, C, k, k) contiguous
   T* grad_bias;        // (banks, C) contiguous
