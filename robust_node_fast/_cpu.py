@@ -5,6 +5,7 @@ float16 and bfloat16 tensors are computed in float32 inside and rounded once at 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +20,11 @@ _flow_backward = _native.flow_backward.default
 _activation = _native.activation.default
 _contraction_penalty = _native.contraction_penalty.default
 _contraction_penalty_backward = _native.contraction_penalty_backward.default
+
+# The layouts of csrc/cpu/api.h. "best" takes Winograd's algorithm for 3x3 filters in float32, whose rounding errors are
+# somewhat larger than those of the direct one, "planes" (docs/kernels.md has the bounds).
+_LAYOUTS = ("best", "planes", "channels", "tiles")
+layout = "planes" if os.environ.get("RNF_PRECISION") == "exact" else "best"
 
 
 def _widened(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -78,6 +84,7 @@ def _run_flow(
         step_size,
         negative_slope,
         n_steps,
+        _LAYOUTS.index(layout),
         output,
         states,
         slopes,
@@ -139,6 +146,7 @@ def euler_conv_flow_backward(
         step_size,
         negative_slope,
         n_steps,
+        _LAYOUTS.index(layout),
         states,
         slopes,
         grad_input,

@@ -41,9 +41,13 @@ struct Steps {
   }
 };
 
+// Which layout of the state, and with it which algorithm; `best` picks by the shape.
+enum class Layout : int64_t { best, planes, channels, tiles };
+
 struct FlowShape {
   int64_t batch, channels, height, width, kernel, steps;
   bool shared;  // one filter bank (C, C, k, k) for all steps instead of (N, C, C, k, k)
+  Layout layout;
   int64_t banks() const { return shared ? 1 : steps; }
   int64_t taps() const { return channels * kernel * kernel; }  // columns of a filter bank seen as a matrix
 };
