@@ -65,7 +65,7 @@ rnf::Steps<T> steps(const std::optional<Tensor>& tensor, const char* name) {
 rnf::FlowShape flow_shape(const Tensor& input, const Tensor& weight, int64_t steps, int64_t layout) {
   STD_TORCH_CHECK(input.dim() == 4 && (weight.dim() == 4 || weight.dim() == 5), "expected (B, C, H, W) and filters");
   const int64_t first = weight.dim() - 4;
-  const rnf::FlowShape s{input.size(0),          input.size(1), input.size(2),    input.size(3),
+  const rnf::FlowShape s{input.size(0),          input.size(1), input.size(2),     input.size(3),
                          weight.size(first + 3), steps,         weight.dim() == 4, static_cast<rnf::Layout>(layout)};
   STD_TORCH_CHECK(weight.size(first) == s.channels && weight.size(first + 1) == s.channels &&
                       weight.size(first + 2) == s.kernel && s.kernel % 2 == 1 && (s.shared || weight.size(0) == steps),
@@ -103,7 +103,8 @@ void with_type(const Tensor& tensor, const Body& body) {
 }
 
 void flow_forward(Tensor input, Tensor weight, std::optional<Tensor> bias, double step_size, double negative_slope,
-                  int64_t n_steps, int64_t layout, Tensor output, std::optional<Tensor> states, std::optional<Tensor> slopes) {
+                  int64_t n_steps, int64_t layout, Tensor output, std::optional<Tensor> states,
+                  std::optional<Tensor> slopes) {
   const rnf::FlowShape shape = flow_shape(input, weight, n_steps, layout);
   check_like(output, shape, "output", n_steps + 1);
   if (states) check_like(*states, shape, "states", n_steps);
@@ -129,9 +130,9 @@ void flow_forward(Tensor input, Tensor weight, std::optional<Tensor> bias, doubl
 }
 
 void flow_backward(Tensor grad_output, Tensor input, Tensor weight, std::optional<Tensor> bias, double step_size,
-                   double negative_slope, int64_t n_steps, int64_t layout, std::optional<Tensor> states, std::optional<Tensor> slopes,
-                   std::optional<Tensor> grad_input,
-                   std::optional<Tensor> grad_weight, std::optional<Tensor> grad_bias) {
+                   double negative_slope, int64_t n_steps, int64_t layout, std::optional<Tensor> states,
+                   std::optional<Tensor> slopes, std::optional<Tensor> grad_input, std::optional<Tensor> grad_weight,
+                   std::optional<Tensor> grad_bias) {
   const rnf::FlowShape shape = flow_shape(input, weight, n_steps, layout);
   check_like(grad_output, shape, "grad_output", n_steps + 1);
   if (states) check_like(*states, shape, "states", n_steps);
@@ -228,7 +229,8 @@ STABLE_TORCH_LIBRARY(robust_node_fast_cpu, m) {
       "int layout, Tensor(a!) output, Tensor(b!)? states, Tensor(c!)? slopes) -> ()");
   m.def(
       "flow_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor? bias, float step_size, "
-      "float negative_slope, int n_steps, int layout, Tensor? states, Tensor? slopes, Tensor(a!)? grad_input, Tensor(b!)? grad_weight, Tensor(c!)? grad_bias) -> "
+      "float negative_slope, int n_steps, int layout, Tensor? states, Tensor? slopes, Tensor(a!)? grad_input, "
+      "Tensor(b!)? grad_weight, Tensor(c!)? grad_bias) -> "
       "()");
   m.def("activation(Tensor? grad_output, Tensor input, float negative_slope, Tensor(a!) output) -> ()");
   m.def(

@@ -23,7 +23,7 @@ _contraction_penalty_backward = _native.contraction_penalty_backward.default
 
 # The layouts of csrc/cpu/api.h. "best" takes Winograd's algorithm for 3x3 filters in float32, whose rounding errors are
 # somewhat larger than those of the direct one, "planes" (docs/kernels.md has the bounds).
-_LAYOUTS = ("best", "planes", "channels", "tiles")
+_LAYOUTS = ("best", "planes", "channels")
 layout = "planes" if os.environ.get("RNF_PRECISION") == "exact" else "best"
 
 

@@ -42,7 +42,7 @@ struct Steps {
 };
 
 // Which layout of the state, and with it which algorithm; `best` picks by the shape.
-enum class Layout : int64_t { best, planes, channels, tiles };
+enum class Layout : int64_t { best, planes, channels };
 
 struct FlowShape {
   int64_t batch, channels, height, width, kernel, steps;
@@ -60,8 +60,8 @@ struct FlowForward {
   const T* weight;  // (banks, C, C, k, k) contiguous
   const T* bias;    // (banks, C) contiguous or nullptr
   View<T> output;
-  bool trajectory;       // all N + 1 states are wanted, not only the last one
-  int64_t state_stride;  // between the states of a trajectory
+  bool trajectory;          // all N + 1 states are wanted, not only the last one
+  int64_t state_stride;     // between the states of a trajectory
   Steps<T> states, slopes;  // to be saved for the backward pass, if there is room for them
 };
 
@@ -76,9 +76,9 @@ struct FlowBackward {
   const T* weight;
   const T* bias;
   Steps<const T> states, slopes;  // as saved by the forward pass, or to be computed again
-  View<T> grad_input;  // data == nullptr: not wanted; the same for the next two
-  T* grad_weight;      // (banks, C, C, k, k) contiguous
-  T* grad_bias;        // (banks, C) contiguous
+  View<T> grad_input;             // data == nullptr: not wanted; the same for the next two
+  T* grad_weight;                 // (banks, C, C, k, k) contiguous
+  T* grad_bias;                   // (banks, C) contiguous
 };
 
 enum class Norm : int64_t { two, two_sharp, inf, one };
