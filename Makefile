@@ -1,16 +1,20 @@
-# Two commands do everything on a fresh Linux machine with Python >= 3.10, a C++17 compiler and a network:
+# Three commands do everything on a fresh Linux machine with Python >= 3.10, a C++17 compiler and a network:
 #   make demo    train, attack and compare the vanilla and the contractive network on handwritten digits
 #   make test    the whole test suite
+#   make bench   every measurement against PyTorch, torchdiffeq, OpenVINO, ONNX Runtime and ncnn: 20 minutes, idle machine
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test setup clean
+.PHONY: demo test bench setup clean
 demo: setup
 	$(BIN)/rnf demo --out runs/demo
 
 test: setup
 	$(BIN)/python -m pytest
+
+bench: $(VENV)/.bench
+	$(BIN)/rnf bench --output bench/results --plots docs
 
 setup: $(VENV)/.installed
 
@@ -18,6 +22,10 @@ $(VENV)/.installed: pyproject.toml setup.py requirements-dev.txt $(wildcard csrc
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements-dev.txt "setuptools>=77" "pybind11>=2.12" ninja
 	$(BIN)/python -m pip install --disable-pip-version-check -q --no-build-isolation -e ".[test,tensorboard]"
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.installed requirements-bench.txt
+	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements-bench.txt
 	touch $@
 
 clean:

@@ -131,7 +131,9 @@ def extensions() -> tuple[list[Extension], list[str]]:
         Extension(
             "robust_node_fast._C",
             sources=[str(path.relative_to(HERE)) for path in sorted((HERE / "csrc").rglob("*.cpp"))],
-            depends=[str(path.relative_to(HERE)) for pattern in ("*.h", "*.inc") for path in (HERE / "csrc").rglob(pattern)],
+            depends=[
+                str(path.relative_to(HERE)) for pattern in ("*.h", "*.inc") for path in (HERE / "csrc").rglob(pattern)
+            ],
             # pybind11 first: the copy that some torch releases ship refuses to be used with the stable ABI.
             include_dirs=[pybind11.get_include(), str(torch / "include"), sysconfig.get_paths()["include"]],
             library_dirs=[str(torch / "lib")],

@@ -18,10 +18,10 @@ from typing import Annotated
 import torch
 import torch.nn.functional as F
 import typer
-from run import processor
 from torch import Tensor, nn
 
 import robust_node_fast as rnf
+from robust_node_fast.bench.run import processor
 
 BATCH, LR, RATE, TURN = 128, 0.05, 2.0, 47
 
@@ -54,7 +54,7 @@ def main(
     def step(name: str, index: Tensor) -> float:
         optimizers[name].zero_grad()
         loss = F.cross_entropy(networks[name](dataset.train_images[index]), dataset.train_labels[index])
-        (loss + penalties[name]()).backward()
+        torch.autograd.backward(loss + penalties[name]())
         optimizers[name].step()
         return loss.item()
 

@@ -1,138 +1,311 @@
-"""Times the fused flow against plain PyTorch on the same work, in interleaved rounds, and writes one CSV.
+"""Runs workloads: verifies every provider, times them in interleaved rounds, computes the ratios.
 
-    python bench/run.py [--rounds 20] [--threads 2] [--output bench/results/flow.csv]
-
-Every provider is checked against float64 first; a wrong kernel gets no time. Compilation and warm-up are not counted.
-Ratios within one run are what counts; absolute times drift between machines and days.
+Within a round every provider takes its turn, in an order drawn anew each time, so that drift of the machine hits all
+alike. Ratios within one run are what counts; absolute times drift between machines and days.
 """
 
 from __future__ import annotations
 
-import csv
+import contextlib
 import datetime
+import gc
+import math
 import platform
+import random
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
-from typing import Annotated
+from typing import Any
 
 import torch
-import typer
-from rich.console import Console
-from rich.table import Table
-from torch import Tensor
+from torch._inductor.utils import fresh_cache
 
 import robust_node_fast as rnf
 
+from . import memory, verify
+from .providers import PROVIDERS, Prepared, Provider
+from .registry import OURS, SAVING, Problem, Workload
+from .rows import Row
 
-@dataclass(frozen=True)
-class Workload:
-    """A flow of ``n_steps`` separate 3x3 filter banks on ``(batch, channels, size, size)``, float32."""
-
-    name: str
-    batch: int
-    channels: int
-    size: int
-    n_steps: int
-    step_size: float
-
-
-WORKLOADS = (
-    Workload("MNIST net, B128", 128, 8, 28, 10, 0.01),
-    Workload("MNIST net, B1", 1, 8, 28, 10, 0.01),
-    Workload("digits net, B64", 64, 8, 8, 10, 0.01),
-    Workload("C32, B32", 32, 32, 32, 10, 0.1),
-    Workload("CIFAR net, B16", 16, 128, 32, 16, 0.1),
-)
-MODES = ("forward", "forward+backward", "input gradient")
-# Output and gradients against float64: at most this many times the error of plain PyTorch in float32.
-ERROR_RATIO = 2.0
-
-Flow = Callable[..., Tensor]
+MIN_ROUNDS, MAX_ROUNDS = 7, 400
+# Calls are repeated until a turn takes this long: the clock and the call of a lambda then cost nothing.
+TURN = 2e-3
+# Calls shorter than this are run once untimed at the start of a turn: caches are then the provider's own, and the
+# threads of the provider before have stopped spinning.
+SHORT = 20e-3
+SECONDS = {"bars": 5.0, "scaling": 1.0, "grid": 1.0}  # of rounds per row, unless seven rounds take longer
 
 
-def providers() -> dict[str, tuple[Flow, torch.memory_format]]:
-    """Name -> function and layout. torch.compile gets the reference, as a user would write it."""
-    plain = rnf.reference.euler_conv_flow
-    return {
-        "eager": (plain, torch.contiguous_format),
-        "eager channels_last": (plain, torch.channels_last),
-        "torch.compile": (torch.compile(plain, dynamic=False), torch.contiguous_format),
-        "torch.compile channels_last": (torch.compile(plain, dynamic=False), torch.channels_last),
-        "robust_node_fast": (rnf.functional.euler_conv_flow, torch.contiguous_format),
-    }
+@dataclass
+class Contender:
+    """A provider with a number of threads, ready to run."""
+
+    provider: Provider
+    threads: int
+    prepared: Prepared
+    compile_s: float
+    errors: tuple[float, ...]
+    peak_mb: float | None = None
+    repeats: int = 1
+    warm_up: bool = True
+    seconds: list[float] = field(default_factory=list)
+
+    def take_turn(self) -> None:
+        if self.warm_up:
+            self.prepared.call()
+        start = time.perf_counter()
+        for _ in range(self.repeats):
+            self.prepared.call()
+        self.seconds.append((time.perf_counter() - start) / self.repeats)
 
 
-def task(flow: Flow, mode: str, work: Workload, tensors: tuple[Tensor, ...]) -> Callable[[], tuple[Tensor, ...]]:
-    """What is timed: a call that returns its results."""
-    input, weight, bias, grad = tensors
-    trained = mode == "forward+backward"
-    input = input.detach().requires_grad_(mode != "forward")
-    weight, bias = weight.detach().requires_grad_(trained), bias.detach().requires_grad_(trained)
-    wanted = (input, weight, bias) if trained else (input,)
-
-    def run() -> tuple[Tensor, ...]:
-        output = flow(input, weight, bias, step_size=work.step_size)
-        return (output,) if mode == "forward" else torch.autograd.grad(output, wanted, grad)
-
-    return run
+def set_threads(threads: int) -> None:
+    """``torch.set_num_threads``; when it changes, the new team is started outside any measurement."""
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+        torch.ones(1 << 20).add_(1.0)
 
 
-def make_tensors(work: Workload, dtype: torch.dtype, layout: torch.memory_format) -> tuple[Tensor, ...]:
-    generator = torch.Generator().manual_seed(0)
-    state = (work.batch, work.channels, work.size, work.size)
-    scale = 1.0 / (9 * work.channels) ** 0.5
-    filters = (work.n_steps, work.channels, work.channels, 3, 3)
-    input, grad = (torch.randn(state, generator=generator).to(dtype, memory_format=layout) for _ in range(2))
-    weight = (torch.randn(filters, generator=generator) * scale).to(dtype)
-    return input, weight, torch.randn(filters[:2], generator=generator).to(dtype), grad
+def suite(
+    pairs: Sequence[tuple[Workload, str]], *, threads: int, minutes: float, on_rows: Callable[[list[Row]], None]
+) -> list[Row]:
+    """The rows of all (workload, mode) pairs, in their order, within about ``minutes``.
 
+    What no time is left for has a row ``skipped``. ``on_rows`` is called after each pair.
 
-def error(found: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> float:
-    """Largest error relative to the largest value, over all results; NaN is infinitely wrong."""
-    worst = max(((f.double() - e).abs().max() / e.abs().max()).item() for f, e in zip(found, exact, strict=True))
-    return worst if worst == worst else float("inf")
-
-
-def measure(work: Workload, mode: str, rounds: int) -> list[dict[str, object]]:
-    exact_work = task(
-        rnf.reference.euler_conv_flow, mode, work, make_tensors(work, torch.float64, torch.contiguous_format)
-    )
-    exact = exact_work()
-    tasks = {
-        name: task(flow, mode, work, make_tensors(work, torch.float32, layout))
-        for name, (flow, layout) in providers().items()
-    }
-    errors = {name: error(run(), exact) for name, run in tasks.items()}  # also compiles and warms up
-    for name, found in errors.items():
-        if not found <= ERROR_RATIO * errors["eager"] + 4 * torch.finfo(torch.float32).eps:
-            raise SystemExit(f"{name} is wrong on {work.name}, {mode}: error {found:.2e}, eager {errors['eager']:.2e}")
-    seconds: dict[str, list[float]] = {name: [] for name in tasks}
-    for _ in range(rounds):
-        for name, run in tasks.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
-    best = min(statistics.median(times) for name, times in seconds.items() if name != "robust_node_fast")
-    rows = []
-    for name, times in seconds.items():
-        p20, p50, p80 = (statistics.quantiles(times, n=10, method="inclusive")[i] * 1e3 for i in (1, 4, 7))
-        rows.append(
-            {
-                "workload": work.name,
-                "mode": mode,
-                "provider": name,
-                "p20_ms": round(p20, 4),
-                "p50_ms": round(p50, 4),
-                "p80_ms": round(p80, 4),
-                "eager_over_this": round(statistics.median(seconds["eager"]) / statistics.median(times), 3),
-                "best_pytorch_over_this": round(best / statistics.median(times), 3),
-                "error": f"{errors[name]:.2e}",
-            }
-        )
+    Raises:
+        verify.WrongResult: this package's kernel is wrong; nothing is reported then.
+    """
+    end = time.monotonic() + 60 * minutes
+    rows: list[Row] = []
+    with warnings.catch_warnings(), fresh_cache():  # of compiled kernels: compile_s is that of a first run
+        warnings.simplefilter("error", rnf.FallbackWarning)  # the reference must not be timed under our name
+        warnings.filterwarnings("ignore", module="torch")  # about itself
+        for count in {threads, *(count for work, _ in pairs for count in work.threads)}:
+            machine_rates(count)
+        if any(name.startswith("torch.compile") for work, _ in pairs for name in work.providers):
+            _start_compiler()
+        for i, (work, mode) in enumerate(pairs):
+            left = end - time.monotonic()
+            if left > 0:
+                seconds = min(SECONDS[work.group], left / (len(pairs) - i))
+                found = measure(work, mode, threads=threads, seconds=seconds)
+            else:
+                found = [skipped(work, mode, threads, f"{minutes:g} minutes were over")]
+            rows += found
+            on_rows(found)
     return rows
+
+
+def _start_compiler() -> None:
+    """torch.compile's look at the machine, half a minute in an empty cache, kept out of the first row's compile_s."""
+    with contextlib.suppress(Exception):  # each row will say what is wrong
+        torch.compile(torch.sin)(torch.ones(64))
+
+
+def measure(work: Workload, mode: str, *, threads: int, seconds: float, rounds: int = MIN_ROUNDS) -> list[Row]:
+    """The rows of a workload in a mode; providers that cannot run or are wrong have a row that says so.
+
+    Args:
+        work, mode: of the registry.
+        threads: where the workload does not fix them.
+        seconds: for the rounds, all providers together.
+        rounds: the least number, however long they take.
+
+    Raises:
+        verify.WrongResult: this package's kernel is wrong.
+    """
+    providers = [PROVIDERS[name] for name in work.providers if PROVIDERS[name].covers(work, mode)]
+    counts = work.threads or (threads,)
+    if mode == "memory":
+        return _ratios([_memory_row(work, provider, counts[-1]) for provider in providers])
+    torch.compiler.reset()
+    problem = Problem(work)
+    rows: list[Row] = []
+    contenders: list[Contender] = []
+    for count in counts:
+        set_threads(count)
+        for provider in providers:
+            try:
+                contenders.append(_prepare(problem, mode, provider, count, contenders))
+            except _Excluded as reason:
+                rows.append(_row(work, mode, provider, count, str(reason)))
+    gc.collect()
+    gc.disable()  # a collection would hit whoever's turn it is
+    try:
+        _calibrate(contenders)
+        _take_turns(contenders, seconds, rounds)
+    finally:
+        gc.enable()
+    return _ratios(rows + [_timed_row(work, mode, contender) for contender in contenders])
+
+
+class _Excluded(Exception):
+    """Why a provider has no time."""
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def _prepare(problem: Problem, mode: str, provider: Provider, threads: int, before: Sequence[Contender]) -> Contender:
+    """A verified contender; the first of them is PyTorch eager, whose errors are the measure of the others'."""
+    reason = provider.missing()
+    if reason is not None:
+        raise _Excluded(reason)
+    try:
+        start = time.perf_counter()
+        prepared = provider.prepare(problem, mode, threads)
+        found = prepared.call()
+        compile_s = time.perf_counter() - start
+        errors = verify.errors(prepared.results(found), verify.exact(problem, mode, provider.convolution_only))
+        verify.check(problem.work.dtype, errors, before[0].errors if before else errors)
+        return Contender(provider, threads, prepared, compile_s, errors)
+    except verify.WrongResult as wrong:
+        message = f"{provider.name} is wrong on {problem.work.name}, {mode}: {wrong}"
+        if provider.name in (OURS, SAVING):
+            raise verify.WrongResult(message) from wrong
+        warnings.warn(message, stacklevel=1)
+        raise _Excluded(f"wrong: {wrong}") from wrong
+    except Exception as error:
+        # A competitor that does not work here must not cost the run, and must be seen.
+        if provider.name in (OURS, SAVING, "eager"):
+            raise
+        warnings.warn(f"{provider.name} failed on {problem.work.name}, {mode}: {_first_line(error)}", stacklevel=1)
+        raise _Excluded(f"failed: {_first_line(error)}") from error
+
+
+def _calibrate(contenders: Sequence[Contender]) -> None:
+    """A second call for the peak memory and, if it is short, more to know how often a call must be repeated."""
+    for contender in contenders:
+        set_threads(contender.threads)
+        start = time.perf_counter()
+        contender.peak_mb = memory.growth(contender.prepared.call)
+        call = time.perf_counter() - start
+        if call < SHORT:
+            call = statistics.median(_seconds(contender.prepared.call) for _ in range(5))
+        contender.repeats = max(1, math.ceil(TURN / call))
+        contender.warm_up = call < SHORT
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _take_turns(contenders: Sequence[Contender], seconds: float, rounds: int) -> None:
+    order, shuffle = list(contenders), random.Random(0).shuffle
+    end = time.perf_counter() + seconds
+    for done in range(MAX_ROUNDS):
+        if done >= rounds and time.perf_counter() > end:
+            break
+        shuffle(order)
+        for contender in order:
+            set_threads(contender.threads)
+            contender.take_turn()
+
+
+def _row(work: Workload, mode: str, provider: Provider, threads: int, status: str, **measured: Any) -> Row:
+    gemm, bandwidth = machine_rates(threads)
+    return Row(
+        group=work.group,
+        workload=work.name,
+        mode=mode,
+        dtype=work.dtype,
+        provider=provider.name,
+        status=status,
+        sweep=work.sweep,
+        batch=work.batch,
+        channels=work.channels,
+        height=work.height,
+        width=work.width,
+        n_steps=work.n_steps,
+        threads=threads,
+        machine=machine(),
+        torch=torch.__version__,
+        robust_node_fast=rnf.__version__,
+        provider_version="" if status.startswith("not installed") else provider.version(),
+        time=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        gemm_gflops=gemm,
+        bandwidth_gbs=bandwidth,
+        **measured,
+    )
+
+
+def _timed_row(work: Workload, mode: str, contender: Contender) -> Row:
+    p20, p50, p80 = (statistics.quantiles(contender.seconds, n=10, method="inclusive")[i] for i in (1, 4, 7))
+    flop = work.flop("forward" if contender.provider.convolution_only else mode)
+    gflops = flop / p50 * 1e-9 if flop else None
+    return _row(
+        work,
+        mode,
+        contender.provider,
+        contender.threads,
+        "ok",
+        rounds=len(contender.seconds),
+        repeats=contender.repeats,
+        p20_ms=p20 * 1e3,
+        p50_ms=p50 * 1e3,
+        p80_ms=p80 * 1e3,
+        gflops=gflops,
+        gemm_share=gflops and gflops / machine_rates(contender.threads)[0],
+        compile_s=contender.compile_s,
+        peak_mb=contender.peak_mb,
+        error=max(contender.errors),
+    )
+
+
+def _memory_row(work: Workload, provider: Provider, threads: int) -> Row:
+    reason = provider.missing()
+    if reason is None:
+        try:
+            return _row(
+                work, "memory", provider, threads, "ok", **memory.in_fresh_process(work, provider.name, threads)
+            )
+        except RuntimeError as error:
+            reason = f"failed: {_first_line(error)}"
+            warnings.warn(f"{provider.name} failed on {work.name}, memory: {_first_line(error)}", stacklevel=1)
+    return _row(work, "memory", provider, threads, reason)
+
+
+def _ratios(rows: list[Row]) -> list[Row]:
+    """Fills the ratio columns, each within its number of threads."""
+    for row in rows:
+        peers = [other for other in rows if other.threads == row.threads and other.cost]
+        eager = [other.cost for other in peers if other.provider == "eager" and other.cost]
+        best = [other.cost for other in peers if PROVIDERS[other.provider].is_pytorch and other.cost]
+        if row.cost:
+            row.eager_over_this = eager[0] / row.cost if eager else None
+            row.best_pytorch_over_this = min(best) / row.cost if best else None
+    return rows
+
+
+def skipped(work: Workload, mode: str, threads: int, reason: str) -> Row:
+    """The row of a workload that was not run."""
+    return _row(work, mode, PROVIDERS[OURS], (work.threads or (threads,))[-1], f"skipped: {reason}")
+
+
+@lru_cache
+def machine_rates(threads: int) -> tuple[float, float]:
+    """What the machine does with this many threads: GFLOP/s of ``torch.mm`` in float32, GB/s of copying 256 MB."""
+    set_threads(threads)
+    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    source = torch.ones(1 << 26)
+    target = torch.empty_like(source)
+    gemm = min(_seconds(lambda: torch.mm(a, b)) for _ in range(20))
+    copy = min(_seconds(lambda: target.copy_(source)) for _ in range(5))
+    return 2 * 1024**3 / gemm * 1e-9, 2 * source.nbytes / copy * 1e-9
+
+
+@lru_cache
+def machine() -> str:
+    """Processor and the instruction set that the kernels use, e.g. ``Intel(R) Xeon(R) Processor, avx512``."""
+    return f"{processor()}, {rnf.backend_info()['backends']['cpu'].get('isa', 'no compiled kernels')}"
 
 
 def processor() -> str:
@@ -140,40 +313,3 @@ def processor() -> str:
     return next(
         (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
     )
-
-
-def main(
-    rounds: Annotated[int, typer.Option(help="Interleaved rounds per workload and mode.")] = 20,
-    threads: Annotated[int, typer.Option(help="torch.set_num_threads.")] = 2,
-    output: Annotated[Path, typer.Option(help="CSV to write.")] = Path("bench/results/flow.csv"),
-) -> None:
-    torch.set_num_threads(threads)
-    cpu = rnf.backend_info()["backends"]["cpu"]
-    if not cpu["available"]:
-        raise SystemExit(f"nothing to measure: {cpu['reason']}")
-    about = {
-        "machine": f"{processor()}, {cpu['isa']}",
-        "threads": threads,
-        "torch": torch.__version__,
-        "robust_node_fast": rnf.__version__,
-        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }
-    table = Table("workload", "mode", "provider", "p50 ms", "eager / this", "best PyTorch / this", "error")
-    rows = []
-    for work in WORKLOADS:
-        for mode in MODES:
-            torch.compiler.reset()
-            for row in measure(work, mode, rounds):
-                rows.append({**row, **about})
-                keys = ("workload", "mode", "provider", "p50_ms", "eager_over_this", "best_pytorch_over_this", "error")
-                table.add_row(*(str(row[key]) for key in keys))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with output.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    Console().print(table)
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -116,9 +116,7 @@ def euler_conv_flow_saving(
 ) -> tuple[Tensor, Tensor, Tensor]:
     output = _layout.empty_state(input)
     states, slopes = _layout.empty_saved(input, n_steps, save_states)
-    _run_flow(
-        input, weight, bias, step_size, negative_slope, n_steps, output, states if save_states else None, slopes
-    )
+    _run_flow(input, weight, bias, step_size, negative_slope, n_steps, output, states if save_states else None, slopes)
     return output, states, slopes
 
 

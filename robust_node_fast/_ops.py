@@ -343,9 +343,7 @@ def _second_order(name: str, tensors: int) -> Callable[..., Any]:
 _register_autograd("smooth_leaky_relu", (0,), _smooth_leaky_relu_gradient)
 _register_autograd("euler_conv_step", (0, 1, 2), _step_gradient)
 _register_autograd("euler_conv_flow", (0, 1, 2), _flow_gradient)
-torch.library.register_autograd(
-    f"{NAMESPACE}::euler_conv_flow_saving", _saving_flow_gradient, setup_context=_save_flow
-)
+torch.library.register_autograd(f"{NAMESPACE}::euler_conv_flow_saving", _saving_flow_gradient, setup_context=_save_flow)
 _register_autograd("contraction_penalty", (0,), _penalty_gradient)
 _register_autograd("smooth_leaky_relu_backward", (0, 1), _second_order("smooth_leaky_relu_backward", 2))
 _register_autograd("euler_conv_step_backward", (0, 1, 2, 3), _second_order("euler_conv_step_backward", 4))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import itertools
 import json
 import signal
 import tempfile
@@ -310,6 +311,54 @@ def demo(
 
     _choose(backend)
     _demo.run(out_folder, out, fit_with_progress)
+
+
+@app.command()
+@_reported
+def bench(
+    *,
+    group: Annotated[
+        Literal["bars", "scaling", "grid", "all"], typer.Option(help="Rows of the registry (bench/registry.py).")
+    ] = "all",
+    only: Annotated[str, typer.Option(help="Only workloads whose name contains this.", show_default="all")] = "",
+    mode: Annotated[
+        Literal["forward", "input gradient", "forward+backward", "memory"] | None,
+        typer.Option(help="Only this mode.", show_default="each row's own"),
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder for flow.csv.")] = Path("runs/bench"),
+    plots: Annotated[Path | None, typer.Option(help="Folder for the plots.", show_default="that of --output")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="torch.set_num_threads, where a row does not fix it.")] = 2,
+    budget_minutes: Annotated[float, typer.Option(min=0.0, help="What no time is left for is skipped.")] = 19.0,
+) -> None:
+    """Time this package against PyTorch and inference engines: every kernel is verified first; CSV, plots, a table."""
+    from robust_node_fast.bench import plot, providers, registry, report, rows, run, verify
+
+    missing = providers.PROVIDERS[registry.OURS].missing()
+    if missing is not None:
+        _fail(f"nothing to measure: this package {missing}", 1)
+    try:
+        pairs = registry.select(group, only, mode)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    with training.writing(output):
+        output.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output).close()  # before minutes of work rather than after them
+    with _progress("bench", len(pairs)) as update:
+        done = itertools.count(1)
+        try:
+            found = run.suite(
+                pairs,
+                threads=threads,
+                minutes=budget_minutes,
+                on_rows=lambda latest: update(next(done), f"{latest[-1].workload}, {latest[-1].mode}"),
+            )
+        except verify.WrongResult as wrong:
+            _fail(f"nothing is reported: {wrong}", 1)
+    with training.writing(output):
+        rows.write(found, output / "flow.csv")
+        drawn = plot.draw(output / "flow.csv", plots or output)
+    print(report.markdown(found))
+    _say(f"wrote {', '.join(str(path) for path in (output / 'flow.csv', *drawn))}")
 
 
 def main() -> None:

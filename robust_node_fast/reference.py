@@ -156,7 +156,7 @@ def euler_conv_flow_saving(
     n_steps: int,
     save_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Last state, and what its gradients need: states that enter the steps (empty unless wanted) and ``h * s'(u_k)``."""
+    """Last state, the states that enter the steps (empty unless wanted) and the slopes ``h * s'(u_k)``."""
     states, slopes = [input], []
     for k in range(n_steps):
         w = weight if weight.dim() == 4 else weight[k]

@@ -3,7 +3,6 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#include <new>
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
@@ -17,32 +16,31 @@ inline void prefer_huge_pages(void* data, std::size_t bytes) {
 #ifdef __linux__
   const std::size_t page = 4096, begin = (reinterpret_cast<std::size_t>(data) + page - 1) / page * page;
   const std::size_t end = (reinterpret_cast<std::size_t>(data) + bytes) / page * page;
-  if (bytes >= 2 * kHugePage && end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  if (bytes >= kHugePage && end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #else
   (void)data, (void)bytes;
 #endif
 }
 
-// An uninitialised array on a cache line; throws std::bad_alloc like new.
+// Memory on a cache line, kept for the next call when given back: fresh pages would cost a small flow more than its
+// arithmetic. Throws std::bad_alloc like new.
+void* take_memory(std::size_t bytes);
+void give_memory(void* data, std::size_t bytes);
+
+// An uninitialised array.
 template <class T>
 class Buffer {
  public:
-  explicit Buffer(int64_t count) {
-    constexpr std::size_t kLine = 64;
-    const std::size_t size = static_cast<std::size_t>(count) * sizeof(T);
-    const std::size_t unit = size >= kHugePage ? kHugePage : kLine;
-    const std::size_t bytes = (size / unit + 1) * unit;
-    data_ = static_cast<T*>(std::aligned_alloc(unit, bytes));
-    if (data_ == nullptr) throw std::bad_alloc();
-    prefer_huge_pages(data_, bytes);
-  }
+  explicit Buffer(int64_t count)
+      : bytes_(static_cast<std::size_t>(count) * sizeof(T)), data_(static_cast<T*>(take_memory(bytes_))) {}
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
-  ~Buffer() { std::free(data_); }
+  ~Buffer() { give_memory(data_, bytes_); }
   T* get() const { return data_; }
   void zero(int64_t count) { std::memset(static_cast<void*>(data_), 0, static_cast<std::size_t>(count) * sizeof(T)); }
 
  private:
+  std::size_t bytes_;
   T* data_;
 };
 
