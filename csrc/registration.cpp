@@ -62,11 +62,18 @@ rnf::Steps<T> steps(const std::optional<Tensor>& tensor, const char* name) {
   return tensor ? rnf::Steps<T>{view<T>(*tensor, name), tensor->stride(0)} : rnf::Steps<T>{};
 }
 
-rnf::FlowShape flow_shape(const Tensor& input, const Tensor& weight, int64_t steps, int64_t layout) {
+rnf::FlowShape flow_shape(const Tensor& input, const Tensor& weight, int64_t steps, int64_t layout, bool bfloat16) {
   STD_TORCH_CHECK(input.dim() == 4 && (weight.dim() == 4 || weight.dim() == 5), "expected (B, C, H, W) and filters");
   const int64_t first = weight.dim() - 4;
-  const rnf::FlowShape s{input.size(0),          input.size(1), input.size(2),     input.size(3),
-                         weight.size(first + 3), steps,         weight.dim() == 4, static_cast<rnf::Layout>(layout)};
+  const rnf::FlowShape s{input.size(0),
+                         input.size(1),
+                         input.size(2),
+                         input.size(3),
+                         weight.size(first + 3),
+                         steps,
+                         weight.dim() == 4,
+                         static_cast<rnf::Layout>(layout),
+                         bfloat16};
   STD_TORCH_CHECK(weight.size(first) == s.channels && weight.size(first + 1) == s.channels &&
                       weight.size(first + 2) == s.kernel && s.kernel % 2 == 1 && (s.shared || weight.size(0) == steps),
                   "weight does not fit the input");
@@ -103,9 +110,9 @@ void with_type(const Tensor& tensor, const Body& body) {
 }
 
 void flow_forward(Tensor input, Tensor weight, std::optional<Tensor> bias, double step_size, double negative_slope,
-                  int64_t n_steps, int64_t layout, Tensor output, std::optional<Tensor> states,
+                  int64_t n_steps, int64_t layout, bool bfloat16, Tensor output, std::optional<Tensor> states,
                   std::optional<Tensor> slopes) {
-  const rnf::FlowShape shape = flow_shape(input, weight, n_steps, layout);
+  const rnf::FlowShape shape = flow_shape(input, weight, n_steps, layout, bfloat16);
   check_like(output, shape, "output", n_steps + 1);
   if (states) check_like(*states, shape, "states", n_steps);
   if (slopes) check_like(*slopes, shape, "slopes", n_steps);
@@ -130,10 +137,10 @@ void flow_forward(Tensor input, Tensor weight, std::optional<Tensor> bias, doubl
 }
 
 void flow_backward(Tensor grad_output, Tensor input, Tensor weight, std::optional<Tensor> bias, double step_size,
-                   double negative_slope, int64_t n_steps, int64_t layout, std::optional<Tensor> states,
+                   double negative_slope, int64_t n_steps, int64_t layout, bool bfloat16, std::optional<Tensor> states,
                    std::optional<Tensor> slopes, std::optional<Tensor> grad_input, std::optional<Tensor> grad_weight,
                    std::optional<Tensor> grad_bias) {
-  const rnf::FlowShape shape = flow_shape(input, weight, n_steps, layout);
+  const rnf::FlowShape shape = flow_shape(input, weight, n_steps, layout, bfloat16);
   check_like(grad_output, shape, "grad_output", n_steps + 1);
   if (states) check_like(*states, shape, "states", n_steps);
   if (slopes) check_like(*slopes, shape, "slopes", n_steps);
@@ -226,10 +233,11 @@ void contraction_penalty_backward(Tensor grad_output, Tensor weight, Tensor coef
 STABLE_TORCH_LIBRARY(robust_node_fast_cpu, m) {
   m.def(
       "flow_forward(Tensor input, Tensor weight, Tensor? bias, float step_size, float negative_slope, int n_steps, "
-      "int layout, Tensor(a!) output, Tensor(b!)? states, Tensor(c!)? slopes) -> ()");
+      "int layout, bool bfloat16, Tensor(a!) output, Tensor(b!)? states, Tensor(c!)? slopes) -> ()");
   m.def(
       "flow_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor? bias, float step_size, "
-      "float negative_slope, int n_steps, int layout, Tensor? states, Tensor? slopes, Tensor(a!)? grad_input, "
+      "float negative_slope, int n_steps, int layout, bool bfloat16, Tensor? states, Tensor? slopes, Tensor(a!)? "
+      "grad_input, "
       "Tensor(b!)? grad_weight, Tensor(c!)? grad_bias) -> "
       "()");
   m.def("activation(Tensor? grad_output, Tensor input, float negative_slope, Tensor(a!) output) -> ()");

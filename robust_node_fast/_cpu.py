@@ -1,6 +1,7 @@
 """The compiled CPU kernels (csrc/): allocates results in the contract's layout and hands over.
 
-float16 and bfloat16 tensors are computed in float32 inside and rounded once at the end.
+float16 and bfloat16 tensors are computed in float32 inside and rounded once at the end; only the products of a flow in
+bfloat16 are rounded to it where the processor has a unit for them.
 """
 
 from __future__ import annotations
@@ -26,6 +27,10 @@ _contraction_penalty_backward = _native.contraction_penalty_backward.default
 _LAYOUTS = ("best", "planes", "channels")
 layout = "planes" if os.environ.get("RNF_PRECISION") == "exact" else "best"
 
+# In bfloat16 products a step's error grows with the step size; PyTorch's, which rounds every state, does not. Up to here
+# ours is the smaller one (tests/test_numerics.py).
+_LARGEST_BFLOAT16_STEP = 0.25
+
 
 def _widened(function: Callable[..., Any]) -> Callable[..., Any]:
     """Run in float32 for float16 and bfloat16 tensors."""
@@ -37,7 +42,8 @@ def _widened(function: Callable[..., Any]) -> Callable[..., Any]:
         dtype = next(arg.dtype for arg in args if isinstance(arg, Tensor))
         if dtype not in (torch.float16, torch.bfloat16):
             return function(*args)
-        result = function(*map(up, args))
+        is_flow = function.__name__.startswith("euler")
+        result = function(*map(up, args), **({"bfloat16": dtype == torch.bfloat16} if is_flow else {}))
         if isinstance(result, Tensor):
             return result.to(dtype)
         if function is euler_conv_flow_saving:
@@ -76,6 +82,7 @@ def _run_flow(
     output: Tensor,
     states: Tensor | None,
     slopes: Tensor | None,
+    bfloat16: bool,
 ) -> None:
     _flow_forward(
         input,
@@ -85,6 +92,7 @@ def _run_flow(
         negative_slope,
         n_steps,
         _LAYOUTS.index(layout),
+        bfloat16 and abs(step_size) <= _LARGEST_BFLOAT16_STEP,
         output,
         states,
         slopes,
@@ -99,9 +107,11 @@ def euler_conv_flow(
     negative_slope: float,
     n_steps: int,
     return_trajectory: bool,
+    *,
+    bfloat16: bool = False,
 ) -> Tensor:
     output = _layout.empty_trajectory(input, n_steps + 1) if return_trajectory else _layout.empty_state(input)
-    _run_flow(input, weight, bias, step_size, negative_slope, n_steps, output, None, None)
+    _run_flow(input, weight, bias, step_size, negative_slope, n_steps, output, None, None, bfloat16)
     return output
 
 
@@ -113,10 +123,13 @@ def euler_conv_flow_saving(
     negative_slope: float,
     n_steps: int,
     save_states: bool,
+    *,
+    bfloat16: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     output = _layout.empty_state(input)
     states, slopes = _layout.empty_saved(input, n_steps, save_states)
-    _run_flow(input, weight, bias, step_size, negative_slope, n_steps, output, states if save_states else None, slopes)
+    kept = states if save_states else None
+    _run_flow(input, weight, bias, step_size, negative_slope, n_steps, output, kept, slopes, bfloat16)
     return output, states, slopes
 
 
@@ -132,6 +145,8 @@ def euler_conv_flow_backward(
     output_mask: Sequence[bool],
     states: Tensor | None = None,
     slopes: Tensor | None = None,
+    *,
+    bfloat16: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_input = _layout.empty_state(input) if output_mask[0] else None
     grad_weight = weight.new_empty(weight.shape) if output_mask[1] else None
@@ -145,6 +160,7 @@ def euler_conv_flow_backward(
         negative_slope,
         n_steps,
         _LAYOUTS.index(layout),
+        bfloat16 and abs(step_size) <= _LARGEST_BFLOAT16_STEP,
         states,
         slopes,
         grad_input,
@@ -160,9 +176,15 @@ def euler_conv_flow_backward(
 
 
 def euler_conv_step(
-    input: Tensor, weight: Tensor, bias: Tensor | None, step_size: float, negative_slope: float
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    step_size: float,
+    negative_slope: float,
+    *,
+    bfloat16: bool = False,
 ) -> Tensor:
-    return euler_conv_flow(input, weight, bias, step_size, negative_slope, 1, False)
+    return euler_conv_flow(input, weight, bias, step_size, negative_slope, 1, False, bfloat16=bfloat16)
 
 
 def euler_conv_step_backward(
@@ -173,8 +195,12 @@ def euler_conv_step_backward(
     step_size: float,
     negative_slope: float,
     output_mask: Sequence[bool],
+    *,
+    bfloat16: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return euler_conv_flow_backward(grad_output, input, weight, bias, step_size, negative_slope, 1, False, output_mask)
+    return euler_conv_flow_backward(
+        grad_output, input, weight, bias, step_size, negative_slope, 1, False, output_mask, bfloat16=bfloat16
+    )
 
 
 def contraction_penalty(

@@ -48,6 +48,7 @@ struct FlowShape {
   int64_t batch, channels, height, width, kernel, steps;
   bool shared;  // one filter bank (C, C, k, k) for all steps instead of (N, C, C, k, k)
   Layout layout;
+  bool bfloat16;  // products may be rounded to it (sums are float)
   int64_t banks() const { return shared ? 1 : steps; }
   int64_t taps() const { return channels * kernel * kernel; }  // columns of a filter bank seen as a matrix
 };
@@ -148,9 +149,12 @@ extern const Kernels kernels;
 namespace avx512 {
 extern const Kernels kernels;
 }
+namespace amx {  // avx512 with the tile unit for bfloat16
+extern const Kernels kernels;
+}
 #endif
 
-// The best set this processor runs, chosen once; RNF_CPU_ISA=portable|avx2 asks for a lesser one.
+// The best set this processor runs, chosen once; RNF_CPU_ISA=portable|avx2|avx512 asks for a lesser one.
 const Kernels& kernels();
 // Names of all sets this processor runs, best first, separated by spaces.
 const char* supported_isas();

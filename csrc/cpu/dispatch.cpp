@@ -3,11 +3,30 @@
 #include <cstring>
 
 #include "api.h"
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace rnf {
 namespace {
 
-enum Level { kPortable, kAvx2, kAvx512 };
+enum Level { kPortable, kAvx2, kAvx512, kAmx };
+
+// Whether there is a tile unit for bfloat16 and the system lets this process use it: it asks for that.
+bool tile_unit() {
+#if defined(__x86_64__) && defined(__linux__)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  const bool tiles = (d >> 22 & 1) != 0 && (d >> 24 & 1) != 0;
+  if (!tiles || !__get_cpuid_count(7, 1, &a, &b, &c, &d) || (a >> 5 & 1) == 0) return false;  // AVX512_BF16
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 
 Level supported() {
 #ifdef __x86_64__
@@ -15,7 +34,7 @@ Level supported() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-    return kAvx512;
+    return tile_unit() ? kAmx : kAvx512;
   if (avx2) return kAvx2;
 #endif
   return kPortable;
@@ -25,7 +44,10 @@ Level requested() {
   const Level best = supported();
   const char* name = std::getenv("RNF_CPU_ISA");
   if (name == nullptr) return best;
-  const Level wanted = !std::strcmp(name, "portable") ? kPortable : !std::strcmp(name, "avx2") ? kAvx2 : kAvx512;
+  const Level wanted = !std::strcmp(name, "portable") ? kPortable
+                       : !std::strcmp(name, "avx2")   ? kAvx2
+                       : !std::strcmp(name, "avx512") ? kAvx512
+                                                      : kAmx;
   return wanted < best ? wanted : best;  // downwards only: more than the processor has would crash
 }
 
@@ -34,6 +56,7 @@ Level requested() {
 const Kernels& kernels() {
   static const Level level = requested();
 #ifdef __x86_64__
+  if (level == kAmx) return amx::kernels;
   if (level == kAvx512) return avx512::kernels;
   if (level == kAvx2) return avx2::kernels;
 #endif
@@ -42,6 +65,8 @@ const Kernels& kernels() {
 
 const char* supported_isas() {
   switch (supported()) {
+    case kAmx:
+      return "amx avx512 avx2 portable";
     case kAvx512:
       return "avx512 avx2 portable";
     case kAvx2:
