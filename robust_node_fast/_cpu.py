@@ -27,8 +27,8 @@ _contraction_penalty_backward = _native.contraction_penalty_backward.default
 _LAYOUTS = ("best", "planes", "channels")
 layout = "planes" if os.environ.get("RNF_PRECISION") == "exact" else "best"
 
-# In bfloat16 products a step's error grows with the step size; PyTorch's, which rounds every state, does not. Up to here
-# ours is the smaller one (tests/test_numerics.py).
+# Products in bfloat16 make an error that grows with the step size; PyTorch rounds every state, whatever the step. Up to
+# here ours is the smaller one.
 _LARGEST_BFLOAT16_STEP = 0.25
 
 
