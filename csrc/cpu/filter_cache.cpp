@@ -24,7 +24,8 @@ std::mutex mutex;
 CachedFilters* newest = nullptr;  // a list, most recently returned first
 
 bool same(const FilterKey& a, const FilterKey& b) {
-  return a.weight == b.weight && a.banks == b.banks && a.bank_bytes == b.bank_bytes && a.layout == b.layout;
+  return a.weight == b.weight && a.channels == b.channels && a.kernel == b.kernel && a.banks == b.banks &&
+         a.bank_bytes == b.bank_bytes && a.layout == b.layout;
 }
 
 }  // namespace
