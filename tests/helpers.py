@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
+import pytest
 import torch
 from torch import Tensor, nn
 
+from robust_node_fast import backend_info
+
+COMPILED = backend_info()["ops"]["euler_conv_flow"]["cpu"]["implementation"] == "cpu"
+needs_kernels = pytest.mark.skipif(not COMPILED, reason="the compiled CPU library is not there (or not chosen)")
 LAYOUTS = ("contiguous", "channels_last", "sliced", "expanded", "transposed")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 NORMS = ("2", "2-sharp", "inf", "1")
@@ -37,6 +44,21 @@ def random_filters(
     scale = (channels * kernel**2) ** -0.5
     weight = (scale * torch.randn(*lead, channels, channels, kernel, kernel)).to(dtype)
     return weight, torch.randn(*lead, channels).to(dtype) if bias else None
+
+
+@contextmanager
+def kernels_in(layout: str) -> Iterator[None]:
+    """The compiled kernels in ``"best"``, ``"planes"`` (direct) or ``"channels"`` (Winograd); nothing without them."""
+    module = sys.modules.get("robust_node_fast._cpu")
+    if module is None:
+        yield
+        return
+    before = module.layout
+    module.layout = layout  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        module.layout = before  # type: ignore[attr-defined]
 
 
 def fresh(*tensors: Tensor | None, dtype: torch.dtype | None = None) -> list[Tensor | None]:

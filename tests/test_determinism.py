@@ -6,14 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_finite, gradients, random_filters, random_state
+from helpers import assert_finite, gradients, needs_kernels, random_filters, random_state
 from torch import Tensor
 
-from robust_node_fast import backend_info, functional
+from robust_node_fast import functional
 
-COMPILED = backend_info()["ops"]["euler_conv_flow"]["cpu"]["implementation"] == "cpu"
-# What the reference runs on, PyTorch's convolution, splits its weight gradient by threads.
-needs_kernels = pytest.mark.skipif(not COMPILED, reason="the compiled CPU library is not there (or not chosen)")
+# needs_kernels: what the reference runs on, PyTorch's convolution, splits its weight gradient by threads.
 
 
 def flow(shared: bool, trajectory: bool) -> Any:
@@ -61,11 +59,13 @@ def test_flow_for_any_number_of_threads(
 
 @needs_kernels
 @pytest.mark.parametrize("batch", range(1, 18))
-def test_a_sample_does_not_depend_on_its_batch(batch: int) -> None:
+@pytest.mark.parametrize(("channels", "size"), [(8, 28), (16, 11), (33, 6)])  # direct, and Winograd in packs of samples
+def test_a_sample_does_not_depend_on_its_batch(channels: int, size: int, batch: int) -> None:
     """Forward and input gradient of every sample are those of a batch of one."""
     torch.set_num_threads(2)
-    input, grad_output = random_state((batch, 8, 28, 28)), random_state((batch, 8, 28, 28))
-    weight, bias = random_filters(8, 3, 3, True)
+    shape = (batch, channels, size, size)
+    input, grad_output = random_state(shape), random_state(shape)
+    weight, bias = random_filters(channels, 3, 3, True)
     result, grad_input, *_ = gradients(flow(False, False), [input, weight, bias], grad_output)
     for i in {0, batch // 2, batch - 1}:
         alone = gradients(flow(False, False), [input[i : i + 1], weight, bias], grad_output[i : i + 1])

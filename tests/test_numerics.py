@@ -2,7 +2,8 @@
 
 The criterion, flash-attention's: with the plain reference in float64 as the exact result,
 ``error(ours) <= 2 * error(PyTorch in the same dtype) + ULPS * ulp * scale``. The scale is the size of the terms that a
-result is summed from, so that cancellation is not held against anyone.
+result is summed from, so that cancellation is not held against anyone. Where Winograd's algorithm runs (float32, 3x3
+filters, from 16 channels on) the factor is 4.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import (
+    COMPILED,
     DTYPES,
     LAYOUTS,
     NORMS,
@@ -31,17 +33,19 @@ from helpers import (
 from hypothesis import given, settings
 from torch import Tensor
 
-from robust_node_fast import functional, reference
+from robust_node_fast import backend_info, functional, reference
 
 ULPS = 8
 FLOAT64_TOLERANCE = 1e-12
 
 
-def assert_as_accurate(ours: Tensor, same_dtype: Tensor, exact: Tensor, scale: float, what: str) -> None:
+def assert_as_accurate(
+    ours: Tensor, same_dtype: Tensor, exact: Tensor, scale: float, what: str, factor: float = 2.0
+) -> None:
     """The file's criterion. ``scale``: size of the terms of the sum; that of the exact result counts as well."""
     dtype = ours.dtype
     assert dtype == same_dtype.dtype, what
-    error, allowed = max_error(ours, exact), 2.0 * max_error(same_dtype, exact)
+    error, allowed = max_error(ours, exact), factor * max_error(same_dtype, exact)
     if exact.numel():
         info = torch.finfo(dtype)
         scale = max(scale, exact.abs().max().item())
@@ -63,6 +67,11 @@ class Problem:
     negative_slope: float
     step_size: float
     seed: int
+
+    @property
+    def factor(self) -> float:
+        """How many times PyTorch's error is allowed."""
+        return 4.0 if self.kernel == 3 and self.shape[1] >= 16 and self.dtype == torch.float32 else 2.0
 
 
 @st.composite
@@ -99,7 +108,7 @@ def run(module: Any, p: Problem, tensors: list[Tensor | None], grad_output: Tens
     return gradients(call, tensors, grad_output)
 
 
-def check_flow(p: Problem) -> None:
+def check_flow(p: Problem, factor: float | None = None) -> None:
     torch.manual_seed(p.seed)
     input = random_state(p.shape, p.layout, p.dtype)
     weight, bias = random_filters(p.shape[1], p.kernel, None if p.shared else p.steps, p.bias, p.dtype)
@@ -119,7 +128,7 @@ def check_flow(p: Problem) -> None:
     for mine, theirs, truth, scale, what in zip(
         ours, same_dtype, exact, scales, ("output", "grad input", "grad weight", "grad bias"), strict=False
     ):
-        assert_as_accurate(mine, theirs, truth, scale, what)
+        assert_as_accurate(mine, theirs, truth, scale, what, factor or p.factor)
 
 
 @given(problems())
@@ -230,6 +239,36 @@ def test_activation_does_not_overflow_where_the_formula_does() -> None:
     assert naive[:3].isinf().all()
     assert_finite(functional.smooth_leaky_relu(input))
     assert_close(functional.smooth_leaky_relu(input), torch.where(input > 0, input, 0.1 * input), 1e-6, scale=3e38)
+
+
+@pytest.mark.parametrize("negative_slope", [0.01, 0.1, 0.5, 1.0, 2.0])
+def test_activation_inside_a_flow(negative_slope: float) -> None:
+    """A step whose filter carries u over to an empty channel: there value and slope come out alone, not added to u.
+
+    In the flow AVX-512 takes them from a table (csrc/cpu/activation_table.inc), with another one for both together.
+    """
+    isa = backend_info()["backends"]["cpu"].get("isa")
+    value_bound, slope_bound = (1.2e-7, 1.0e-7) if COMPILED and isa in ("avx512", "amx") else (4.8e-7, 2.4e-7)
+    u = torch.cat([sweep(torch.float32), torch.linspace(-20, 20, 100_001)])
+    exact = u.double().requires_grad_()
+    value = reference.smooth_leaky_relu(exact, negative_slope)
+    (slope,) = torch.autograd.grad(value.sum(), exact)
+    weight = torch.zeros(1, 2, 2, 1, 1)
+    weight[0, 1, 0] = 1.0
+    input, grad_output = torch.zeros(2, 1, 2, 1, len(u))
+    input[0, 0, 0] = u
+    grad_output[0, 1] = 1.0
+    for recompute in (True, False):  # without and with the slope in the forward pass
+        result, grad_input = gradients(
+            lambda x, r=recompute: functional.euler_conv_flow(
+                x, weight, step_size=1.0, negative_slope=negative_slope, recompute=r
+            ),
+            [input],
+            grad_output,
+        )
+        assert_finite(result, grad_input)
+        assert ((result[0, 1, 0] - value).abs() <= value_bound * value.abs().clamp(min=1.0)).all()
+        assert max_error(grad_input[0, 0, 0], slope) <= slope_bound * max(1.0, negative_slope)
 
 
 @given(

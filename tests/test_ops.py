@@ -6,13 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import NORMS, REDUCTIONS, random_filters, random_state
+from helpers import NORMS, REDUCTIONS, assert_close, random_filters, random_state
 from torch import Tensor
 
-import robust_node_fast
+from robust_node_fast import reference
 
 OPS = torch.ops.robust_node_fast
-assert robust_node_fast  # the import registers the ops
 
 
 def leaf(tensor: Tensor | None) -> Tensor | None:
@@ -39,6 +38,56 @@ def test_flow(
     input = random_state(shape, layout, dtype).requires_grad_()
     weight, b = random_filters(shape[1], kernel, None if shared else 2, bias, dtype)
     torch.library.opcheck(OPS.euler_conv_flow.default, (input, leaf(weight), leaf(b), 0.1, 0.2, 2, trajectory))
+
+
+def saving_samples() -> list[Any]:
+    """(shape, layout, kernel, shared, bias)"""
+    return [
+        ((2, 3, 5, 4), "contiguous", 3, False, True),
+        ((2, 16, 6, 7), "channels_last", 3, False, True),
+        ((0, 3, 4, 4), "contiguous", 3, True, True),
+        ((1, 4, 4, 5), "sliced", 5, True, False),
+        ((3, 2, 4, 5), "transposed", 1, False, False),
+    ]
+
+
+@pytest.mark.parametrize("save_states", [False, True])  # the weight's gradient takes the states
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("shape", "layout", "kernel", "shared", "bias"), saving_samples())
+def test_flow_saving(
+    shape: tuple[int, ...], layout: str, kernel: int, shared: bool, bias: bool, dtype: torch.dtype, save_states: bool
+) -> None:
+    input = random_state(shape, layout, dtype).requires_grad_()
+    weight, b = random_filters(shape[1], kernel, None if shared else 2, bias, dtype)
+    weight.requires_grad_(save_states)
+    arguments = (input, weight, leaf(b), 0.1, 0.2, 2, save_states)
+    torch.library.opcheck(OPS.euler_conv_flow_saving.default, arguments)
+    output, states, slopes = OPS.euler_conv_flow_saving.default(*arguments)
+    assert not states.requires_grad
+    assert not slopes.requires_grad
+    assert output.dtype == dtype
+    assert states.dtype == slopes.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert states.shape == ((2, *shape) if save_states else (0,))
+    expected = reference.euler_conv_flow_saving(*arguments)
+    tolerance = {torch.float32: 1e-5, torch.float64: 1e-13, torch.bfloat16: 0.03}[dtype]
+    for mine, exact in zip((output, states, slopes), expected, strict=True):
+        assert_close(mine.detach(), exact.detach(), tolerance)
+
+
+@pytest.mark.parametrize("with_states", [False, True])
+@pytest.mark.parametrize(("shape", "layout", "kernel", "shared", "bias"), saving_samples())
+def test_flow_backward_from_what_was_saved(
+    shape: tuple[int, ...], layout: str, kernel: int, shared: bool, bias: bool, with_states: bool
+) -> None:
+    input = random_state(shape, layout)
+    weight, b = random_filters(shape[1], kernel, None if shared else 2, bias)
+    _, states, slopes = OPS.euler_conv_flow_saving.default(input, weight, b, 0.1, 0.2, 2, with_states)
+    mask = (True, with_states, bias)
+    arguments = [torch.randn(shape), input, weight, b, 0.1, 0.2, 2, False, mask]
+    if with_states:  # second order: of the full mask only, as above
+        for tensor in arguments[:4]:
+            leaf(tensor)
+    torch.library.opcheck(OPS.euler_conv_flow_backward.default, (*arguments, states if with_states else None, slopes))
 
 
 @pytest.mark.parametrize("mask", [(True, True, True), (True, False, False), (False, True, False), (False, False, True)])

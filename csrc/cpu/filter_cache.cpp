@@ -13,7 +13,7 @@ struct CachedFilters {
   explicit CachedFilters(const FilterKey& k) : key(k), data(k.banks * k.bank_bytes), hashes(k.banks) {
     hashes.zero(k.banks);
   }
-  int64_t bytes() const { return key.banks * (key.bank_bytes + 8); }
+  int64_t bytes() const { return data.bytes_taken() + hashes.bytes_taken(); }
 };
 
 namespace {

@@ -22,15 +22,15 @@ struct Kept {  // at the start of the memory it describes
 std::mutex mutex;
 Kept* newest = nullptr;
 
-std::size_t rounded(std::size_t bytes) {
-  const std::size_t unit = bytes >= kHugePage ? kHugePage : kLine;
-  return (bytes / unit + 1) * unit;
-}
-
 }  // namespace
 
+std::size_t memory_taken(std::size_t bytes) {
+  const std::size_t unit = bytes >= kHugePage ? kHugePage : kLine;
+  return bytes == 0 ? unit : (bytes + unit - 1) / unit * unit;
+}
+
 void* take_memory(std::size_t wanted) {
-  const std::size_t bytes = rounded(wanted);
+  const std::size_t bytes = memory_taken(wanted);
   if (kKeeps && bytes >= kSmallest) {
     const std::lock_guard<std::mutex> lock(mutex);
     for (Kept** link = &newest; *link != nullptr; link = &(*link)->next)
@@ -47,7 +47,7 @@ void* take_memory(std::size_t wanted) {
 }
 
 void give_memory(void* data, std::size_t wanted) {
-  const std::size_t bytes = rounded(wanted);
+  const std::size_t bytes = memory_taken(wanted);
   if (!kKeeps || bytes < kSmallest || bytes > kMostBytes) {
     std::free(data);
     return;

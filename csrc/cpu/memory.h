@@ -26,6 +26,7 @@ inline void prefer_huge_pages(void* data, std::size_t bytes) {
 // arithmetic. Throws std::bad_alloc like new.
 void* take_memory(std::size_t bytes);
 void give_memory(void* data, std::size_t bytes);
+std::size_t memory_taken(std::size_t bytes);  // whole cache lines or huge pages
 
 // An uninitialised array.
 template <class T>
@@ -37,6 +38,7 @@ class Buffer {
   Buffer& operator=(const Buffer&) = delete;
   ~Buffer() { give_memory(data_, bytes_); }
   T* get() const { return data_; }
+  int64_t bytes_taken() const { return static_cast<int64_t>(memory_taken(bytes_)); }
   void zero(int64_t count) { std::memset(static_cast<void*>(data_), 0, static_cast<std::size_t>(count) * sizeof(T)); }
 
  private:
