@@ -11,7 +11,7 @@ import platform
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,8 +25,7 @@ class FallbackWarning(UserWarning):
     """A call that a fused kernel was expected to serve runs the PyTorch reference instead."""
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):  # looked up at every call
     """What the choice of an implementation depends on."""
 
     op: str

@@ -48,16 +48,17 @@ def filters(weight: object, ranks: tuple[int, ...]) -> None:
     """A bank of square, odd filters that keeps the number of channels: ``(C, C, k, k)`` or ``(N, C, C, k, k)``."""
     tensor("weight", weight)
     assert isinstance(weight, Tensor)
-    expected = " or ".join({4: "(C, C, k, k)", 5: "(N, C, C, k, k)"}[rank] for rank in ranks)
     shape = tuple(weight.shape)
+    if len(shape) in ranks and shape[-4] == shape[-3] >= 1 and shape[-2] == shape[-1] and shape[-1] % 2 == 1:
+        return
+    expected = " or ".join({4: "(C, C, k, k)", 5: "(N, C, C, k, k)"}[rank] for rank in ranks)
     if len(shape) not in ranks:
         raise ValueError(f"weight has shape {shape}, expected {expected}")
     if shape[-4] != shape[-3]:
         raise ValueError(f"weight has shape {shape}, expected {expected}: as many output as input channels")
     if shape[-2] != shape[-1] or shape[-1] % 2 == 0:
         raise ValueError(f"weight has shape {shape}, expected {expected} with one odd kernel size k")
-    if shape[-3] < 1:
-        raise ValueError(f"weight has shape {shape}, expected {expected} with at least one channel")
+    raise ValueError(f"weight has shape {shape}, expected {expected} with at least one channel")
 
 
 def flow(

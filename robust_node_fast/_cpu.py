@@ -39,7 +39,7 @@ def _widened(function: Callable[..., Any]) -> Callable[..., Any]:
         return value.float() if isinstance(value, Tensor) else value
 
     def run(*args: Any) -> Any:
-        dtype = next(arg.dtype for arg in args if isinstance(arg, Tensor))
+        dtype = args[0].dtype
         if dtype not in (torch.float16, torch.bfloat16):
             return function(*args)
         is_flow = function.__name__.startswith("euler")
