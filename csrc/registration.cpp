@@ -57,9 +57,20 @@ rnf::View<T> view(const Tensor& tensor, const char* name) {
 bool is_trajectory(const Tensor& output) { return output.dim() == 5; }
 int64_t state_stride(const Tensor& output) { return is_trajectory(output) ? output.stride(0) : 0; }
 
-template <class T>
-rnf::Steps<T> steps(const std::optional<Tensor>& tensor, const char* name) {
-  return tensor ? rnf::Steps<T>{view<T>(*tensor, name), tensor->stride(0)} : rnf::Steps<T>{};
+// In the element type of the state, or in bfloat16.
+rnf::Steps steps(const std::optional<Tensor>& tensor, const Tensor& input, const char* name) {
+  if (!tensor) return {};
+  const bool bfloat16 = tensor->scalar_type() == ScalarType::BFloat16;
+  STD_TORCH_CHECK(tensor->is_cpu() && (bfloat16 || tensor->scalar_type() == input.scalar_type()), name,
+                  ": expected a CPU tensor of the input's dtype or bfloat16");
+  const int64_t first = tensor->dim() - 4;
+  return {const_cast<void*>(tensor->const_data_ptr()),
+          bfloat16,
+          tensor->stride(0),
+          tensor->stride(first),
+          tensor->stride(first + 1),
+          tensor->stride(first + 2),
+          tensor->stride(first + 3)};
 }
 
 rnf::FlowShape flow_shape(const Tensor& input, const Tensor& weight, int64_t steps, int64_t layout, bool bfloat16) {
@@ -130,8 +141,8 @@ void flow_forward(Tensor input, Tensor weight, std::optional<Tensor> bias, doubl
                                 view<T>(output, "output"),
                                 is_trajectory(output),
                                 state_stride(output),
-                                steps<T>(states, "states"),
-                                steps<T>(slopes, "slopes")};
+                                steps(states, input, "states"),
+                                steps(slopes, input, "slopes")};
     rnf::kernels().of<T>().flow_forward(p, parallel());
   });
 }
@@ -160,8 +171,8 @@ void flow_backward(Tensor grad_output, Tensor input, Tensor weight, std::optiona
                                  view<const T>(input, "input"),
                                  dense<const T>(weight, "weight"),
                                  bias ? dense<const T>(*bias, "bias") : nullptr,
-                                 steps<const T>(states, "states"),
-                                 steps<const T>(slopes, "slopes"),
+                                 steps(states, input, "states"),
+                                 steps(slopes, input, "slopes"),
                                  grad_input ? view<T>(*grad_input, "grad_input") : rnf::View<T>{},
                                  grad_weight ? dense<T>(*grad_weight, "grad_weight") : nullptr,
                                  grad_bias ? dense<T>(*grad_bias, "grad_bias") : nullptr};

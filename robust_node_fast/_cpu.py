@@ -32,6 +32,10 @@ layout = "planes" if os.environ.get("RNF_PRECISION") == "exact" else "best"
 _LARGEST_BFLOAT16_STEP = 0.25
 
 
+# What euler_conv_flow_saving saved, in the backward op's arguments: the kernels read bfloat16 as it is.
+_SAVED = 9
+
+
 def _widened(function: Callable[..., Any]) -> Callable[..., Any]:
     """Run in float32 for float16 and bfloat16 tensors."""
 
@@ -43,7 +47,8 @@ def _widened(function: Callable[..., Any]) -> Callable[..., Any]:
         if dtype not in (torch.float16, torch.bfloat16):
             return function(*args)
         is_flow = function.__name__.startswith("euler")
-        result = function(*map(up, args), **({"bfloat16": dtype == torch.bfloat16} if is_flow else {}))
+        options = {"bfloat16": dtype == torch.bfloat16} if is_flow else {}
+        result = function(*map(up, args[:_SAVED]), *args[_SAVED:], **options)
         if isinstance(result, Tensor):
             return result.to(dtype)
         if function is euler_conv_flow_saving:
@@ -127,7 +132,8 @@ def euler_conv_flow_saving(
     bfloat16: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     output = _layout.empty_state(input)
-    states, slopes = _layout.empty_saved(input, n_steps, save_states)
+    dtype = torch.bfloat16 if bfloat16 else input.dtype
+    states, slopes = _layout.empty_saved(input, n_steps, save_states, dtype)
     kept = states if save_states else None
     _run_flow(input, weight, bias, step_size, negative_slope, n_steps, output, kept, slopes, bfloat16)
     return output, states, slopes

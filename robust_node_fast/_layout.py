@@ -20,14 +20,24 @@ def empty_state(input: Tensor) -> Tensor:
 
 def empty_trajectory(input: Tensor, states: int | torch.SymInt) -> Tensor:
     """An uninitialised ``(states, B, C, H, W)`` whose every state has the layout of ``input``."""
+    return _empty_states(input, states, memory_format(input), input.dtype)
+
+
+def empty_saved(
+    input: Tensor, n_steps: int | torch.SymInt, save_states: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Uninitialised states (empty unless wanted) and slopes of all steps, for the backward pass of ``dtype`` tensors.
+
+    In float32 for float16: slopes of small steps would be denormal. Channels last where the kernels compute so.
+    """
+    dtype = torch.float32 if dtype == torch.float16 else dtype
+    order = torch.channels_last if input.shape[1] >= 16 else memory_format(input)
+    states = _empty_states(input, n_steps, order, dtype) if save_states else input.new_empty(0, dtype=dtype)
+    return states, _empty_states(input, n_steps, order, dtype)
+
+
+def _empty_states(input: Tensor, count: int | torch.SymInt, order: torch.memory_format, dtype: torch.dtype) -> Tensor:
     batch, channels, height, width = input.shape
-    if memory_format(input) is torch.channels_last:
-        return input.new_empty((states, batch, height, width, channels)).permute(0, 1, 4, 2, 3)
-    return input.new_empty((states, batch, channels, height, width))
-
-
-def empty_saved(input: Tensor, n_steps: int | torch.SymInt, save_states: bool) -> tuple[Tensor, Tensor]:
-    """Uninitialised states (empty unless wanted) and slopes of all steps, in float32 at least."""
-    wide = input if input.dtype == torch.float64 else torch.empty_like(input, dtype=torch.float32)
-    states = empty_trajectory(wide, n_steps) if save_states else wide.new_empty(0)
-    return states, empty_trajectory(wide, n_steps)
+    if order is torch.channels_last:
+        return input.new_empty((count, batch, height, width, channels), dtype=dtype).permute(0, 1, 4, 2, 3)
+    return input.new_empty((count, batch, channels, height, width), dtype=dtype)

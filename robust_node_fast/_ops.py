@@ -162,7 +162,7 @@ def _fake_flow(
 def _fake_flow_saving(
     input: Tensor, weight: Tensor, bias: Tensor | None, h: float, a: float, n_steps: int, save_states: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    states, slopes = _layout.empty_saved(input, n_steps, save_states)
+    states, slopes = _layout.empty_saved(input, n_steps, save_states, input.dtype)
     return _layout.empty_state(input), states, slopes
 
 

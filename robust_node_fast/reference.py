@@ -156,7 +156,10 @@ def euler_conv_flow_saving(
     n_steps: int,
     save_states: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Last state, the states that enter the steps (empty unless wanted) and the slopes ``h * s'(u_k)``."""
+    """Last state, the states that enter the steps (empty unless wanted) and the slopes ``h * s'(u_k)``.
+
+    What is saved has the input's dtype; float32 for float16, in which slopes of small steps would be denormal.
+    """
     states, slopes = [input], []
     for k in range(n_steps):
         w = weight if weight.dim() == 4 else weight[k]
@@ -164,9 +167,9 @@ def euler_conv_flow_saving(
         u = F.conv2d(states[-1], w, b, padding=int(weight.shape[-1]) // 2)
         slopes.append(step_size * smooth_leaky_relu_backward(torch.ones_like(u), u, negative_slope))
         states.append(states[-1] + step_size * smooth_leaky_relu(u, negative_slope))
-    wide = input.dtype if input.dtype == torch.float64 else torch.float32
-    kept = torch.stack(states[:-1]).to(wide) if save_states else input.new_empty(0, dtype=wide)
-    return states[-1], kept, torch.stack(slopes).to(wide)
+    dtype = torch.float32 if input.dtype == torch.float16 else input.dtype
+    kept = torch.stack(states[:-1]).to(dtype) if save_states else input.new_empty(0, dtype=dtype)
+    return states[-1], kept, torch.stack(slopes).to(dtype)
 
 
 def euler_conv_flow_backward(

@@ -67,6 +67,7 @@ class Problem:
     negative_slope: float
     step_size: float
     seed: int
+    recompute: bool = True
 
     @property
     def factor(self) -> float:
@@ -90,6 +91,7 @@ def problems(draw: Any) -> Problem:
         negative_slope=draw(st.floats(0.01, 1.0)),
         step_size=draw(st.floats(-0.5, 1.0, allow_subnormal=False)),
         seed=draw(st.integers(0, 2**31 - 1)),
+        recompute=draw(st.booleans()),
     )
 
 
@@ -103,6 +105,7 @@ def run(module: Any, p: Problem, tensors: list[Tensor | None], grad_output: Tens
             negative_slope=p.negative_slope,
             n_steps=p.steps if p.shared else None,
             return_trajectory=p.trajectory,
+            **({"recompute": p.recompute} if module is functional else {}),
         )
 
     return gradients(call, tensors, grad_output)
@@ -160,6 +163,21 @@ def test_flow_and_its_gradients(p: Problem) -> None:
 def test_flow_at_chosen_shapes(shape: tuple[int, int, int, int], kernel: int, steps: int, layout: str) -> None:
     check_flow(Problem(shape, kernel, steps, False, True, False, layout, torch.float32, 0.1, 0.1, seed=1))
     check_flow(Problem(shape, kernel, steps, True, True, True, layout, torch.float32, 0.1, 0.1, seed=2))
+
+
+@given(
+    shape=st.tuples(st.integers(1, 4), st.sampled_from((32, 64, 96)), st.integers(1, 20), st.integers(1, 36)),
+    steps=st.integers(1, 4),
+    step_size=st.floats(-0.5, 1.0, allow_subnormal=False),
+    layout=st.sampled_from(LAYOUTS),
+    recompute=st.booleans(),
+    seed=st.integers(0, 2**31 - 1),
+)
+@settings(max_examples=25)
+def test_flow_in_bfloat16_where_a_tile_unit_serves_it(
+    shape: tuple[int, int, int, int], steps: int, step_size: float, layout: str, recompute: bool, seed: int
+) -> None:
+    check_flow(Problem(shape, 3, steps, False, True, False, layout, torch.bfloat16, 0.1, step_size, seed, recompute))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

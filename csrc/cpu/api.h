@@ -28,16 +28,19 @@ struct View {
   int64_t batch, channel, row, column;
 };
 
-// N of them, one a step: the states that enter the steps, or the slopes h s'(u). data == nullptr: not there.
-template <class T>
+struct BFloat16 {
+  uint16_t bits;
+};
+
+// N of them, one a step: the states that enter the steps, or the slopes h s'(u), in T or rounded to bfloat16.
 struct Steps {
-  View<T> first;
-  int64_t stride;
-  explicit operator bool() const { return first.data != nullptr; }
-  View<T> of(int64_t k) const {
-    View<T> view = first;
-    view.data += k * stride;
-    return view;
+  void* data;  // nullptr: not there
+  bool bfloat16;
+  int64_t stride, batch, channel, row, column;
+  explicit operator bool() const { return data != nullptr; }
+  template <class U>
+  View<U> of(int64_t k) const {
+    return {static_cast<U*>(data) + k * stride, batch, channel, row, column};
   }
 };
 
@@ -61,9 +64,9 @@ struct FlowForward {
   const T* weight;  // (banks, C, C, k, k) contiguous
   const T* bias;    // (banks, C) contiguous or nullptr
   View<T> output;
-  bool trajectory;          // all N + 1 states are wanted, not only the last one
-  int64_t state_stride;     // between the states of a trajectory
-  Steps<T> states, slopes;  // to be saved for the backward pass, if there is room for them
+  bool trajectory;       // all N + 1 states are wanted, not only the last one
+  int64_t state_stride;  // between the states of a trajectory
+  Steps states, slopes;  // to be saved for the backward pass, if there is room for them
 };
 
 template <class T>
@@ -76,10 +79,10 @@ struct FlowBackward {
   View<const T> input;
   const T* weight;
   const T* bias;
-  Steps<const T> states, slopes;  // as saved by the forward pass, or to be computed again
-  View<T> grad_input;             // data == nullptr: not wanted; the same for the next two
-  T* grad_weight;                 // (banks, C, C, k, k) contiguous
-  T* grad_bias;                   // (banks, C) contiguous
+  Steps states, slopes;  // as saved by the forward pass, or to be computed again
+  View<T> grad_input;    // data == nullptr: not wanted; the same for the next two
+  T* grad_weight;        // (banks, C, C, k, k) contiguous
+  T* grad_bias;          // (banks, C) contiguous
 };
 
 enum class Norm : int64_t { two, two_sharp, inf, one };

@@ -197,6 +197,12 @@ struct Order {
     if (channels_last) return {data, s.channels * area, 1, s.width * s.channels, s.channels};
     return {data, s.channels * area, area, s.width, 1};
   }
+  template <class T>
+  rnf::Steps steps(const T* data) const {
+    const rnf::View<const T> v = view(data);
+    return {
+        const_cast<T*>(data), false, s.batch * s.channels * s.height * s.width, v.batch, v.channel, v.row, v.column};
+  }
 };
 
 // Several states, or an array without an order, in the order of memory.
@@ -254,8 +260,8 @@ class Flow {
     f.shape = p_.s, f.step_size = T(Problem::kStep), f.negative_slope = T(Problem::kNegativeSlope);
     f.input = order_.view<const T>(input_.data()), f.weight = weight_.data(), f.bias = bias();
     f.output = order_.view<T>(output.data()), f.trajectory = trajectory, f.state_stride = trajectory ? size : 0;
-    f.states = {order_.view<T>(save_states ? states.data() : nullptr), size};
-    f.slopes = {order_.view<T>(save_slopes ? slopes.data() : nullptr), size};
+    f.states = order_.steps(save_states ? states.data() : nullptr);
+    f.slopes = order_.steps(save_slopes ? slopes.data() : nullptr);
     kernels_.of<T>().flow_forward(f, parallel_);
     return output;
   }
@@ -270,8 +276,8 @@ class Flow {
     f.input = order_.view<const T>(input_.data()), f.weight = weight_.data(), f.bias = bias();
     f.grad_output = p_.expanded ? rnf::View<const T>{grad_.data(), 0, 0, 0, 0} : order_.view<const T>(grad_.data());
     f.trajectory = p_.trajectory, f.state_stride = p_.trajectory && !p_.expanded ? size : 0;
-    f.states = {order_.view<const T>(states.size() == 0 ? nullptr : states.data()), size};
-    f.slopes = {order_.view<const T>(slopes.size() == 0 ? nullptr : slopes.data()), size};
+    f.states = order_.steps(states.size() == 0 ? nullptr : states.data());
+    f.slopes = order_.steps(slopes.size() == 0 ? nullptr : slopes.data());
     f.grad_input = order_.view<T>(input ? g.input.data() : nullptr);
     f.grad_weight = weights ? g.weight.data() : nullptr;
     f.grad_bias = biases ? g.bias.data() : nullptr;
