@@ -45,7 +45,7 @@ struct Steps {
 };
 
 // Which layout of the state, and with it which algorithm; `best` picks by the shape.
-enum class Layout : int64_t { best, planes, channels };
+enum class Layout : int64_t { best, planes, channels, strips };
 
 struct FlowShape {
   int64_t batch, channels, height, width, kernel, steps;
