@@ -1,0 +1,322 @@
+"""A model of the GPU kernels' speed, for want of a GPU: bytes and operations, occupancy, the slowest part decides.
+
+    python -m robust_node_fast.bench.model [--output bench/results/gpu_model.csv]
+
+Everything it prints is predicted, nothing measured. What goes in:
+
+- the cards' data sheets (``CARDS``);
+- bytes that each kernel moves, in units of one state ``S = B C H W`` numbers (``PASSES``): for unfused PyTorch counted
+  operation by operation (``tests/test_model.py`` counts again on the real thing), for ours what the kernels read and
+  write;
+- registers and shared memory of every configuration (``bench/results/triton_resources.csv``), from which follow the
+  blocks that a multiprocessor holds, and with them how evenly the last wave of blocks fills the card;
+- two assumptions: a stream reaches ``STREAM`` of the data sheet's bandwidth, and matrix products reach ``PRODUCT`` of
+  its peak when a multiprocessor is full.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .resources import RESULTS as RESOURCES
+from .resources import Resources, read
+
+RESULTS = RESOURCES.with_name("gpu_model.csv")
+STREAM = 0.85
+PRODUCT = 0.65
+LAUNCH = 2.5e-6  # seconds between two kernels of a stream
+
+
+@dataclass(frozen=True)
+class Card:
+    """Peaks of the data sheet, dense, in operations and bytes a second; sizes in bytes."""
+
+    name: str
+    target: str  # of the compiler
+    multiprocessors: int
+    half: float  # bfloat16 and float16 on tensor cores
+    tf32: float
+    float32: float  # without tensor cores
+    bandwidth: float
+    l2_bandwidth: float  # published measurements, not data sheets: about 2.5 to 3 times the memory's
+    l2: int
+    shared: int  # of a multiprocessor
+    registers: int = 65536
+    threads: int = 2048
+    clock: float = 1.7e9
+    warp: int = 32
+
+
+CARDS = (
+    Card("A100 80GB SXM", "sm_80", 108, 312e12, 156e12, 19.5e12, 2.04e12, 5.1e12, 40 << 20, 164 << 10, clock=1.41e9),
+    Card("H100 SXM", "sm_90", 132, 989e12, 494e12, 67e12, 3.35e12, 7.5e12, 50 << 20, 228 << 10, clock=1.83e9),
+    Card("H200 SXM", "sm_90", 132, 989e12, 494e12, 67e12, 4.8e12, 7.5e12, 50 << 20, 228 << 10, clock=1.83e9),
+    Card(
+        "MI300X",
+        "gfx942",
+        304,
+        1307e12,
+        654e12,
+        163e12,
+        5.3e12,
+        12e12,
+        256 << 20,
+        64 << 10,
+        131072,
+        clock=2.1e9,
+        warp=64,
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Shape:
+    name: str
+    channels: int
+    size: int
+    n_steps: int
+
+    def state(self, batch: int) -> int:
+        return batch * self.channels * self.size**2
+
+    def operations(self, batch: int) -> float:
+        """Of one convolution of one step."""
+        return 18.0 * self.channels * self.state(batch)
+
+
+SHAPES = (Shape("MNIST", 8, 28, 10), Shape("C32", 32, 32, 10), Shape("CIFAR", 128, 32, 16))
+BATCHES = (128, 256, 512, 1024, 2048, 4096)
+DTYPES = {"bfloat16": 2, "float32": 4}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One launch of a step: states that it reads and writes, convolutions that it computes, which of ours it is."""
+
+    states: float
+    convolutions: int = 0
+    ours: str = ""
+
+
+# What a step launches. Eager PyTorch, forward: convolution (read, write), three products and softplus (two each), two
+# sums (three each). The compiler makes one kernel of what is between two convolutions.
+CONVOLUTION = Kernel(2, 1)
+PASSES: dict[str, dict[str, tuple[Kernel, ...]]] = {
+    "forward": {
+        "eager": (CONVOLUTION, *(Kernel(2),) * 4, *(Kernel(3),) * 2),
+        "compile": (CONVOLUTION, Kernel(3)),
+        "ours": (Kernel(2, 1, "euler_step"),),
+    },
+    "training": {
+        # Forward, then: three products (two each), softplus (three), sum of the two ways to u (three), the two gradients
+        # of the convolution and the bias's, sum with the gradient that went past the step (three).
+        "eager": (
+            *(CONVOLUTION, *(Kernel(2),) * 4, *(Kernel(3),) * 2),
+            *(*(Kernel(2),) * 3, Kernel(3), Kernel(3), CONVOLUTION, CONVOLUTION, Kernel(1), Kernel(3)),
+        ),
+        "compile": (CONVOLUTION, Kernel(3), Kernel(5), CONVOLUTION, CONVOLUTION, Kernel(1)),
+        # The forward pass again with slopes, then gradient_step (v, gradient and slopes in; gradient and v out) and the
+        # weight's gradient. recompute=False saves the second pass and writes the first one's slopes.
+        "ours": (
+            Kernel(2, 1, "euler_step"),
+            Kernel(3, 1, "euler_step"),
+            Kernel(5, 1, "gradient_step"),
+            Kernel(2, 1, "weight_gradient"),
+        ),
+        "ours, recompute=False": (
+            Kernel(3, 1, "euler_step"),
+            Kernel(5, 1, "gradient_step"),
+            Kernel(2, 1, "weight_gradient"),
+        ),
+    },
+}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A row of the table."""
+
+    card: str
+    shape: str
+    batch: int
+    dtype: str
+    mode: str
+    provider: str
+    ms: float
+    bound: str  # what takes the most time: memory, L2, products, launches
+    roofline_fraction: float  # least time the operations or compulsory bytes allow, over the predicted
+    eager_over_this: float
+    compile_over_this: float
+
+
+def peak(card: Card, dtype: str, *, tensor_cores: bool = True) -> float:
+    if not tensor_cores:
+        return card.float32
+    return card.half if dtype == "bfloat16" else card.tf32
+
+
+def blocks_at_once(card: Card, row: Resources) -> int:
+    """Blocks that a multiprocessor holds."""
+    warps = int(row.configuration.split(" w")[1].split()[0])
+    threads = warps * card.warp
+    by_registers = card.registers // (max(row.registers, 32) * threads)
+    by_shared = card.shared // (row.shared_bytes + 1024) if row.shared_bytes else by_registers
+    return max(1, min(by_registers, by_shared, card.threads // threads, 32))
+
+
+def product_kernel(
+    card: Card, shape: Shape, batch: int, itemsize: int, kernel: Kernel, row: Resources
+) -> dict[str, float]:
+    """Seconds that each part of the card needs for one launch of one of our Triton kernels."""
+    m, n, k = (int(size) for size in row.configuration.split()[0].split("x"))
+    pixels, channels = batch * shape.size**2, shape.channels
+    if kernel.ours == "weight_gradient":  # 9 C x C, the pixels split
+        tiles = 9 * math.ceil(channels / m) * math.ceil(channels / n)
+        tiles *= min(64, math.ceil(pixels / 2048))
+        covered = 9.0 * math.ceil(channels / m) * m * math.ceil(channels / n) * n * pixels
+        reread = itemsize * 9.0 * pixels * channels * (math.ceil(channels / m) + math.ceil(channels / n))
+    else:
+        tiles = math.ceil(pixels / m) * math.ceil(channels / n)
+        covered = 9.0 * math.ceil(pixels / m) * m * math.ceil(channels / n) * n * math.ceil(channels / k) * k
+        reread = itemsize * 9.0 * channels * (pixels * math.ceil(channels / n) + math.ceil(pixels / m) * channels)
+    places = card.multiprocessors * blocks_at_once(card, row)
+    waves = tiles / places
+    even = waves / math.ceil(waves) if waves > 1 else min(1.0, tiles / card.multiprocessors)
+    dtype = "bfloat16" if itemsize == 2 else "float32"
+    return {
+        "memory": itemsize * kernel.states * shape.state(batch) / (STREAM * card.bandwidth),
+        "L2": reread / (STREAM * card.l2_bandwidth),
+        "products": 2.0 * covered / (PRODUCT * peak(card, dtype) * even),
+        "launches": LAUNCH,
+    }
+
+
+def plain_kernel(card: Card, shape: Shape, batch: int, itemsize: int, kernel: Kernel) -> dict[str, float]:
+    """The same of one of PyTorch's: its convolutions are taken to be as good as PRODUCT, for any number of channels."""
+    dtype = "bfloat16" if itemsize == 2 else "float32"
+    return {
+        "memory": itemsize * kernel.states * shape.state(batch) / (STREAM * card.bandwidth),
+        "products": kernel.convolutions * shape.operations(batch) / (PRODUCT * peak(card, dtype)),
+        "launches": LAUNCH,
+    }
+
+
+def flow_time(
+    card: Card, shape: Shape, batch: int, dtype: str, kernels: tuple[Kernel, ...], table: list[Resources]
+) -> tuple[float, str]:
+    """Seconds of all steps, and what takes most of them."""
+    itemsize = DTYPES[dtype]
+    total, parts = 0.0, dict.fromkeys(("memory", "L2", "products", "launches"), 0.0)
+    wanted = ("bf16", "ieee") if dtype == "bfloat16" else ("fp32", "tf32")
+    for kernel in kernels:
+        if kernel.ours:
+            rows = [r for r in table if (r.kernel, r.target) == (kernel.ours, card.target)]
+            costs = [
+                product_kernel(card, shape, batch, itemsize, kernel, row)
+                for row in rows
+                if (row.dtype, row.precision) == wanted
+            ]
+            cost = min(costs, key=lambda parts: max(parts.values()))  # what autotuning would pick
+        else:
+            cost = plain_kernel(card, shape, batch, itemsize, kernel)
+        slowest = max(cost, key=lambda name: cost[name])
+        parts[slowest] += cost[slowest]
+        total += cost[slowest]
+    return shape.n_steps * total, max(parts, key=lambda name: parts[name])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# All steps in shared memory (csrc/cuda/flow.cu): float32, few channels
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def in_shared_memory(card: Card, shape: Shape, batch: int, mode: str) -> tuple[float, str] | None:
+    """Seconds of the whole flow, or ``None`` where two padded states and a step's filters do not fit.
+
+    A pixel's thread reads one number and C filters of shared memory for C products; filters come four at a time and
+    serve a whole warp, a warp's request takes one cycle, and a multiprocessor does four warps' products a cycle.
+    """
+    c, padded = shape.channels, (shape.size + 2) ** 2
+    taken = 4 * (2 * c * padded + 9 * c * c)
+    if card.target == "gfx942" or taken > card.shared - 1024:  # CUDA only
+        return None
+    resident = min(card.shared // (taken + 1024), 8)
+    waves = math.ceil(batch / (card.multiprocessors * resident))
+    convolutions = {"forward": 1, "training": 4}[mode]
+    products = 9 * c * c * shape.size**2 * convolutions * shape.n_steps  # of a sample
+    cycles = products / 128 * max(1.0, (1 + c / 4) / (c / 4))
+    compute = waves * resident * cycles / card.clock
+    numbers = shape.state(batch) * {"forward": 2, "training": 3}[mode]
+    workspace = 0 if mode == "forward" else 4 * shape.state(batch) * shape.n_steps * 2
+    cost = {
+        "memory": 4 * numbers / (STREAM * card.bandwidth),
+        "L2": 2 * workspace / (STREAM * card.l2_bandwidth),
+        "products": compute,
+        "launches": LAUNCH,
+    }
+    slowest = max(cost, key=lambda name: cost[name])
+    return cost[slowest], slowest
+
+
+def predictions(table: list[Resources]) -> Iterator[Prediction]:
+    for card in CARDS:
+        for shape in SHAPES:
+            for batch in BATCHES:
+                for dtype, itemsize in DTYPES.items():
+                    for mode, providers in PASSES.items():
+                        found = {p: flow_time(card, shape, batch, dtype, k, table) for p, k in providers.items()}
+                        whole = in_shared_memory(card, shape, batch, mode) if dtype == "float32" else None
+                        if whole is not None:
+                            found["ours, all steps in shared memory"] = whole
+                        convolutions = 1 if mode == "forward" else 3
+                        least = max(
+                            convolutions * shape.n_steps * shape.operations(batch) / peak(card, dtype),
+                            itemsize * (2 if mode == "forward" else 3) * shape.state(batch) / card.bandwidth,
+                        )
+                        for provider, (seconds, bound) in found.items():
+                            yield Prediction(
+                                card.name,
+                                shape.name,
+                                batch,
+                                dtype,
+                                mode,
+                                provider,
+                                round(seconds * 1e3, 4),
+                                bound,
+                                round(least / seconds, 3),
+                                round(found["eager"][0] / seconds, 2),
+                                round(found["compile"][0] / seconds, 2),
+                            )
+
+
+def main(
+    output: Annotated[Path, typer.Option(help="CSV to write.")] = RESULTS,
+    batch: Annotated[int, typer.Option(help="Batch of the table that is printed.")] = 1024,
+) -> None:
+    rows = list(predictions(read(RESOURCES)))
+    with output.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [f.name for f in fields(Prediction)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+    print(f"A model, not a measurement. Batch {batch}.\n")
+    print("| card | flow | dtype | mode | ours | ms | bound | of the roofline | eager / ours | compile / ours |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        if row.batch == batch and row.provider.startswith("ours"):
+            which = row.provider.removeprefix("ours").lstrip(", ") or "a kernel a step"
+            print(
+                f"| {row.card} | {row.shape} | {row.dtype} | {row.mode} | {which} "
+                f"| {row.ms:.3g} | {row.bound} | {row.roofline_fraction:.0%} | {row.eager_over_this:.1f} "
+                f"| {row.compile_over_this:.1f} |"
+            )
+
+
+if __name__ == "__main__":
+    typer.run(main)
