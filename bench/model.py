@@ -115,8 +115,8 @@ PASSES: dict[str, dict[str, tuple[Kernel, ...]]] = {
         "ours": (Kernel(2, 1, "euler_step"),),
     },
     "training": {
-        # Forward, then: three products (two each), softplus (three), sum of the two ways to u (three), the two gradients
-        # of the convolution and the bias's, sum with the gradient that went past the step (three).
+        # Forward, then: three products (two each), softplus (three), sum of the two ways to u (three), the gradients of
+        # the convolution and its bias, sum with the gradient that went past the step (three).
         "eager": (
             *(CONVOLUTION, *(Kernel(2),) * 4, *(Kernel(3),) * 2),
             *(*(Kernel(2),) * 3, Kernel(3), Kernel(3), CONVOLUTION, CONVOLUTION, Kernel(1), Kernel(3)),
