@@ -10,8 +10,8 @@ Everything it prints is predicted, nothing measured. What goes in:
   write;
 - registers and shared memory of every configuration (``bench/results/triton_resources.csv``), from which follow the
   blocks that a multiprocessor holds, and with them how evenly the last wave of blocks fills the card;
-- two assumptions: a stream reaches ``STREAM`` of the data sheet's bandwidth, and matrix products reach ``PRODUCT`` of
-  its peak when a multiprocessor is full.
+- two assumptions: a stream reaches ``STREAM`` of the data sheet's bandwidth, and products, on tensor cores or not, reach
+  ``PRODUCT`` of their peak on a multiprocessor that is at work.
 """
 
 from __future__ import annotations
@@ -233,33 +233,38 @@ def flow_time(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# All steps in shared memory (csrc/cuda/flow.cu): float32, few channels
+# All steps in shared memory (csrc/cuda): float32, few channels
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def in_shared_memory(card: Card, shape: Shape, batch: int, mode: str) -> tuple[float, str] | None:
-    """Seconds of the whole flow, or ``None`` where two padded states and a step's filters do not fit.
+    """Seconds of the whole flow in one launch each way, or ``None`` where a sample does not fit a block.
 
-    A pixel's thread reads one number and C filters of shared memory for C products; filters come four at a time and
-    serve a whole warp, a warp's request takes one cycle, and a multiprocessor does four warps' products a cycle.
+    A thread computes four pixels of eight channels (csrc/cuda/geometry.h has the same arithmetic), a multiprocessor 128
+    products a cycle. Per channel and column of the filter a warp makes 96 products and asks shared memory 12 times, which
+    takes half as long: products bound it. The backward pass keeps states and slopes of the samples at work in memory
+    that stays in the L2 cache if it fits.
     """
-    c, padded = shape.channels, (shape.size + 2) ** 2
-    taken = 4 * (2 * c * padded + 9 * c * c)
-    if card.target == "gfx942" or taken > card.shared - 1024:  # CUDA only
+    c, strips, groups = shape.channels, math.ceil(shape.size / 4), math.ceil(shape.channels / 8)
+    state = c * ((strips * 4 + 2) * (shape.size + 2) | 1)
+    taken = 4 * (72 * groups * c + 2 * state)
+    if c > 32 or card.target.startswith("gfx") or taken > card.shared - 1024:
         return None
-    resident = min(card.shared // (taken + 1024), 8)
+    items = groups * strips * shape.size
+    passes = math.ceil(items / 512)
+    threads = max(128, math.ceil(math.ceil(items / passes) / 32) * 32)
+    resident = min(card.shared // (taken + 1024), card.threads // threads)
+    convolutions, numbers = {"forward": (1, 2), "training": (4, 5)}[mode]
+    cycles = shape.n_steps * convolutions * passes * threads * 288 * c / 128
     waves = math.ceil(batch / (card.multiprocessors * resident))
-    convolutions = {"forward": 1, "training": 4}[mode]
-    products = 9 * c * c * shape.size**2 * convolutions * shape.n_steps  # of a sample
-    cycles = products / 128 * max(1.0, (1 + c / 4) / (c / 4))
-    compute = waves * resident * cycles / card.clock
-    numbers = shape.state(batch) * {"forward": 2, "training": 3}[mode]
-    workspace = 0 if mode == "forward" else 4 * shape.state(batch) * shape.n_steps * 2
+    # States and slopes written and read, by the samples at work.
+    kept = 0 if mode == "forward" else 4 * 2 * shape.n_steps * shape.state(1)
+    in_l2 = kept * min(batch, card.multiprocessors * resident) <= card.l2
     cost = {
-        "memory": 4 * numbers / (STREAM * card.bandwidth),
-        "L2": 2 * workspace / (STREAM * card.l2_bandwidth),
-        "products": compute,
-        "launches": LAUNCH,
+        "memory": (4 * numbers * shape.state(batch) + (0 if in_l2 else 2 * kept * batch)) / (STREAM * card.bandwidth),
+        "L2": 2 * kept * batch / (STREAM * card.l2_bandwidth),
+        "products": waves * resident * cycles / (PRODUCT * card.clock),
+        "launches": LAUNCH * (1 if mode == "forward" else 3),
     }
     slowest = max(cost, key=lambda name: cost[name])
     return cost[slowest], slowest
