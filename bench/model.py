@@ -10,8 +10,8 @@ Everything it prints is predicted, nothing measured. What goes in:
   write;
 - registers and shared memory of every configuration (``bench/results/triton_resources.csv``), from which follow the
   blocks that a multiprocessor holds, and with them how evenly the last wave of blocks fills the card;
-- two assumptions: a stream reaches ``STREAM`` of the data sheet's bandwidth, and products, on tensor cores or not, reach
-  ``PRODUCT`` of their peak on a multiprocessor that is at work.
+- two assumptions: a stream reaches ``STREAM`` of the data sheet's bandwidth, and products, on tensor cores or not,
+  reach ``PRODUCT`` of their peak on a multiprocessor that is at work.
 """
 
 from __future__ import annotations
@@ -241,9 +241,9 @@ def in_shared_memory(card: Card, shape: Shape, batch: int, mode: str) -> tuple[f
     """Seconds of the whole flow in one launch each way, or ``None`` where a sample does not fit a block.
 
     A thread computes four pixels of eight channels (csrc/cuda/geometry.h has the same arithmetic), a multiprocessor 128
-    products a cycle. Per channel and column of the filter a warp makes 96 products and asks shared memory 12 times, which
-    takes half as long: products bound it. The backward pass keeps states and slopes of the samples at work in memory
-    that stays in the L2 cache if it fits.
+    products a cycle. Per channel and column of the filter a warp makes 96 products and asks shared memory 12 times,
+    which takes half as long: products bound it. The backward pass keeps states and slopes of the samples at work in
+    memory that stays in the L2 cache if it fits.
     """
     c, strips, groups = shape.channels, math.ceil(shape.size / 4), math.ceil(shape.channels / 8)
     state = c * ((strips * 4 + 2) * (shape.size + 2) | 1)
