@@ -14,6 +14,8 @@
 
 namespace {
 
+using rnf::BFloat16;
+
 #define RNF_INLINE inline __attribute__((always_inline))
 #define RNF_VECTOR_BYTES 16
 // clang-format off: each file builds on those before it
