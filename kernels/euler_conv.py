@@ -171,12 +171,12 @@ def weight_gradient(
             total += tl.sum(gradients.to(tl.float32), axis=0)
     at = ((tap * C + c) * C)[:, None] + o[None, :]
     mask = (c < C)[:, None] & (o < C)[None, :]
-    own_bias = HAS_BIAS and program < blocks_o
+    of_bias = (o < C) & (program < blocks_o)  # the programs of the first tap and channels add up the bias
     if ATOMIC:
         tl.atomic_add(grad_weight + at, sums, mask=mask, sem="relaxed")
-        if own_bias:
-            tl.atomic_add(grad_bias + o, total, mask=o < C, sem="relaxed")
+        if HAS_BIAS:
+            tl.atomic_add(grad_bias + o, total, mask=of_bias, sem="relaxed")
     else:
         tl.store(grad_weight + split.to(tl.int64) * KERNEL * KERNEL * C * C + at, sums, mask=mask)
-        if own_bias:
-            tl.store(grad_bias + split * C + o, total, mask=o < C)
+        if HAS_BIAS:
+            tl.store(grad_bias + split * C + o, total, mask=of_bias)
