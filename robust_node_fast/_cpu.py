@@ -24,7 +24,7 @@ _contraction_penalty_backward = _native.contraction_penalty_backward.default
 
 # The layouts of csrc/cpu/api.h. "best" takes Winograd's algorithm for 3x3 filters in float32, whose rounding errors are
 # somewhat larger than those of the direct one, "planes" (docs/kernels.md has the bounds).
-_LAYOUTS = ("best", "planes", "channels")
+_LAYOUTS = ("best", "planes", "channels", "strips")
 layout = "planes" if os.environ.get("RNF_PRECISION") == "exact" else "best"
 
 # Products in bfloat16 make an error that grows with the step size; PyTorch rounds every state, whatever the step. Up to

@@ -48,7 +48,7 @@ def random_filters(
 
 @contextmanager
 def kernels_in(layout: str) -> Iterator[None]:
-    """The compiled kernels in ``"best"``, ``"planes"`` (direct) or ``"channels"`` (Winograd); nothing without them."""
+    """The compiled kernels in ``"best"``, ``"planes"`` (direct), ``"channels"`` or ``"strips"`` (both Winograd)."""
     module = sys.modules.get("robust_node_fast._cpu")
     if module is None:
         yield

@@ -59,7 +59,9 @@ def test_flow_for_any_number_of_threads(
 
 @needs_kernels
 @pytest.mark.parametrize("batch", range(1, 18))
-@pytest.mark.parametrize(("channels", "size"), [(8, 28), (16, 11), (33, 6)])  # direct, and Winograd in packs of samples
+@pytest.mark.parametrize(
+    ("channels", "size"), [(2, 28), (8, 28), (9, 6), (16, 11), (33, 6)]
+)  # direct, and Winograd in packs of samples
 def test_a_sample_does_not_depend_on_its_batch(channels: int, size: int, batch: int) -> None:
     """Forward and input gradient of every sample are those of a batch of one."""
     torch.set_num_threads(2)

@@ -93,7 +93,7 @@ def assert_same_gradients(
 
 
 @needs_kernels
-@pytest.mark.parametrize("kernels", ["planes", "channels"])
+@pytest.mark.parametrize("kernels", ["planes", "channels", "strips"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shared", [False, True])
@@ -105,7 +105,7 @@ def test_same_bits(kernels: str, dtype: torch.dtype, layout: str, shared: bool, 
 
 
 @needs_kernels
-@pytest.mark.parametrize("kernels", ["planes", "channels"])
+@pytest.mark.parametrize("kernels", ["planes", "channels", "strips"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)])
 @pytest.mark.parametrize("threads", [1, 2])

@@ -1,4 +1,4 @@
-"""Contract of Winograd's algorithm (float32, 3x3 filters, from 16 channels on): its errors, its switch, its NaNs."""
+"""Contract of Winograd's algorithm (float32, 3x3 filters, from 3 channels on): its errors, its switch, its NaNs."""
 
 from __future__ import annotations
 
@@ -73,7 +73,13 @@ def assert_within(found: Tensor, exact: Tensor, scale: Tensor, bound: float, wha
     assert worst <= bound, f"{what}: {worst:.2f}, allowed {bound}"
 
 
-@pytest.mark.parametrize("shape", [(2, 16, 13, 18), (1, 24, 9, 7), (2, 64, 8, 11), (1, 17, 1, 1), (1, 33, 6, 3)])
+SHAPES = (
+    (2, 4, 13, 18), (1, 8, 9, 7), (2, 12, 8, 31), (1, 15, 1, 1), (1, 9, 6, 3),
+    (2, 16, 13, 18), (1, 24, 9, 7), (2, 64, 8, 11), (1, 17, 1, 1), (1, 33, 6, 3),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_error_of_a_step_and_its_gradients(kind: str, shape: tuple[int, ...]) -> None:
     """A step of size 1 is little more than its convolution. Large values spoil no results but those of their tiles."""
@@ -137,9 +143,10 @@ def problems(draw: Any) -> Problem:
 @given(problems())
 @settings(max_examples=150)
 def test_flow_and_its_gradients(p: Problem) -> None:
-    """Both algorithms, for any number of channels: also where the rule chooses the other one."""
-    with kernels_in("channels"):
-        check_flow(p, factor=4.0)
+    """Every layout, for any number of channels: also where the rule chooses another one."""
+    for layout in ("channels", "strips"):
+        with kernels_in(layout):
+            check_flow(p, factor=4.0)
     with kernels_in("planes"):
         check_flow(p, factor=2.0)
 
@@ -169,33 +176,42 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("channels", "kernel", "dtype", "winograd"),
+    ("channels", "kernel", "dtype", "layout"),
     [
-        (16, 3, torch.float32, True),
-        (33, 3, torch.float32, True),
-        (15, 3, torch.float32, False),
-        (16, 5, torch.float32, False),
-        (16, 1, torch.float32, False),
-        (16, 3, torch.float64, False),
+        (16, 3, torch.float32, "channels"),
+        (33, 3, torch.float32, "channels"),
+        (23, 3, torch.float32, "channels"),
+        (22, 3, torch.float32, "strips"),
+        (15, 3, torch.float32, "strips"),
+        (3, 3, torch.float32, "strips"),
+        (2, 3, torch.float32, "planes"),
+        (16, 5, torch.float32, "planes"),
+        (8, 1, torch.float32, "planes"),
+        (16, 3, torch.float64, "planes"),
+        (8, 3, torch.float64, "planes"),
     ],
 )
-def test_what_it_is_chosen_for(channels: int, kernel: int, dtype: torch.dtype, winograd: bool) -> None:
-    direct, forced = (bits(layout, channels, kernel, dtype) for layout in ("planes", "channels"))
-    chosen = bits("best", channels, kernel, dtype)
-    assert same(chosen, forced if winograd else direct)
-    assert same(direct, forced) == (not winograd and (kernel != 3 or dtype == torch.float64))
+def test_what_it_is_chosen_for(channels: int, kernel: int, dtype: torch.dtype, layout: str) -> None:
+    found = {name: bits(name, channels, kernel, dtype) for name in ("best", "planes", "channels", "strips")}
+    assert same(found["best"], found[layout])
+    winograd_takes_it = kernel == 3 and dtype == torch.float32
+    for name in ("channels", "strips"):
+        assert same(found["planes"], found[name]) != winograd_takes_it
 
 
+@pytest.mark.parametrize(("channels", "layout"), [(8, "strips"), (16, "channels")])
 @pytest.mark.parametrize("precision", ["exact", None])
-def test_environment_asks_for_the_direct_kernels(precision: str | None, tmp_path: Path) -> None:
-    code = "import sys, torch, test_winograd as t; torch.save(t.bits(None, 16, 3, torch.float32), sys.argv[1])"
+def test_environment_asks_for_the_direct_kernels(
+    precision: str | None, channels: int, layout: str, tmp_path: Path
+) -> None:
+    code = f"import sys, torch, test_winograd as t; torch.save(t.bits(None, {channels}, 3, torch.float32), sys.argv[1])"
     env = {name: value for name, value in os.environ.items() if name != "RNF_PRECISION"}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(__file__).parent), env.get("PYTHONPATH"))))
     if precision is not None:
         env["RNF_PRECISION"] = precision
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "bits")], check=True, env=env, timeout=120)
     found = torch.load(tmp_path / "bits")
-    direct, winograd = (bits(layout, 16, 3, torch.float32) for layout in ("planes", "channels"))
+    direct, winograd = (bits(name, channels, 3, torch.float32) for name in ("planes", layout))
     assert same(found, direct if precision == "exact" else winograd)
     assert not torch.equal(direct[0], winograd[0])
 
@@ -215,10 +231,15 @@ def reached(places: set[int], size: int) -> set[int]:
     return {place for place in found if 0 <= place < size}
 
 
-def reached_area(shape: tuple[int, ...], sample: int, row: int, column: int, steps: int) -> Tensor:
+def neighbours(places: set[int], size: int) -> set[int]:
+    return {place + by for place in places for by in (-1, 0, 1) if 0 <= place + by < size}
+
+
+def reached_area(shape: tuple[int, ...], sample: int, row: int, column: int, steps: int, layout: str) -> Tensor:
     rows, columns = {row}, {column}
     for _ in range(steps):
-        rows, columns = reached(rows, shape[2]), reached(columns, shape[3])
+        rows = reached(rows, shape[2])
+        columns = (reached if layout == "channels" else neighbours)(columns, shape[3])
     mask = torch.zeros(shape, dtype=torch.bool)
     mask[sample, :, min(rows) : max(rows) + 1, min(columns) : max(columns) + 1] = True
     return mask
@@ -227,20 +248,24 @@ def reached_area(shape: tuple[int, ...], sample: int, row: int, column: int, ste
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize(("row", "column"), [(0, 0), (5, 6), (7, 8), (12, 17), (4, 3), (8, 16)])
-def test_non_finite_pixels_spoil_their_tiles_and_nothing_else(value: float, steps: int, row: int, column: int) -> None:
+@pytest.mark.parametrize(("channels", "layout"), [(33, "channels"), (17, "strips"), (8, "strips")])
+def test_non_finite_pixels_spoil_their_tiles_and_nothing_else(
+    value: float, steps: int, row: int, column: int, channels: int, layout: str
+) -> None:
     """PyTorch spoils the 3x3 pixels around one; here it is its 4x4 tile, and what of them lies outside of it.
 
-    So nothing that is not finite in PyTorch is finite here, and no other sample nor any tile farther away is touched.
+    In strips a tile is one column of four. So nothing that is not finite in PyTorch is finite here, and no other sample
+    nor any tile farther away is touched.
     """
-    shape = (3, 17, 13, 18)
+    shape = (3, channels, 13, 18)
     input, grad_output = random_state(shape), random_state(shape)
-    weight, bias = random_filters(17, 3, steps, True)
+    weight, bias = random_filters(channels, 3, steps, True)
 
     def run(module: Any, x: Tensor, g: Tensor) -> list[Tensor]:
         return gradients(lambda *t: module.euler_conv_flow(*t, step_size=0.1), [x, weight, bias], g)
 
     clean = run(functional, input, grad_output)
-    area = reached_area(shape, 1, row, column, steps)
+    area = reached_area(shape, 1, row, column, steps, layout)
 
     spoiled = input.clone()
     spoiled[1, 2, row, column] = value
@@ -263,15 +288,16 @@ def test_non_finite_pixels_spoil_their_tiles_and_nothing_else(value: float, step
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_non_finite_filters_never_vanish(value: float) -> None:
+@pytest.mark.parametrize("channels", [8, 16])
+def test_non_finite_filters_never_vanish(value: float, channels: int) -> None:
     """In PyTorch a tap does not reach the pixels whose neighbour it would take from outside the image; here it may."""
-    input = random_state((2, 16, 7, 9))
-    weight, bias = random_filters(16, 3, 2, True)
+    input = random_state((2, channels, 7, 9))
+    weight, bias = random_filters(channels, 3, 2, True)
     weight[0, 3, 5, 0, 2] = value
     ours, theirs = (m.euler_conv_flow(input, weight, bias, step_size=0.1) for m in (functional, reference))
     assert not theirs.isfinite().all()
     assert not ours.isfinite()[~theirs.isfinite()].any()
     first = functional.euler_conv_step(input, weight[0], None, step_size=0.1)
-    clean = torch.arange(16) != 3
+    clean = torch.arange(channels) != 3
     assert first[:, clean].isfinite().all()
     assert not first[:, 3].isfinite().any()

@@ -45,7 +45,7 @@ struct Steps {
 };
 
 // Which layout of the state, and with it which algorithm; `best` picks by the shape.
-enum class Layout : int64_t { best, planes, channels };
+enum class Layout : int64_t { best, planes, channels, strips };
 
 struct FlowShape {
   int64_t batch, channels, height, width, kernel, steps;
@@ -152,12 +152,15 @@ extern const Kernels kernels;
 namespace avx512 {
 extern const Kernels kernels;
 }
-namespace amx {  // avx512 with the tile unit for bfloat16
+namespace avx512_bf16 {  // with dot products in bfloat16
+extern const Kernels kernels;
+}
+namespace amx {  // with the tile unit for bfloat16
 extern const Kernels kernels;
 }
 #endif
 
-// The best set this processor runs, chosen once; RNF_CPU_ISA=portable|avx2|avx512 asks for a lesser one.
+// The best set this processor runs, chosen once; RNF_CPU_ISA=portable|avx2|avx512|avx512_bf16 asks for a lesser one.
 const Kernels& kernels();
 // Names of all sets this processor runs, best first, separated by spaces.
 const char* supported_isas();

@@ -16,6 +16,7 @@
 #define RNF_VECTOR_BYTES 64
 #define RNF_MAX_OUTPUTS 8
 #define RNF_TABLE_LOOKUP
+#define RNF_BFLOAT16
 #define RNF_TILE_UNIT
 #include "kernels.inc"
 #ifdef __clang__
