@@ -12,16 +12,14 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 RESULTS = Path(__file__).resolve().parent / "results" / "triton_resources.csv"
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
-# dtype and the precision of its products; only float32 with "ieee" runs without tensor cores.
-PRECISIONS = (("bf16", "ieee"), ("fp16", "ieee"), ("fp32", "tf32"), ("fp32", "ieee"))
 SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}  # bytes a block may take
 TENSOR_CORES = {
     "sm_80": r"\bmma\.sync[\w.]*",
@@ -29,6 +27,18 @@ TENSOR_CORES = {
     "sm_100": r"\b(?:tcgen05\.mma|mma\.sync)[\w.]*",
     "gfx942": r"\bv_mfma\w*",
 }
+# dtype and the precision of its products; only float32 with "ieee" runs without tensor cores.
+PRODUCTS = (("bf16", "ieee"), ("fp16", "ieee"), ("fp32", "tf32"), ("fp32", "ieee"))
+ELEMENTS = (("bf16", ""), ("fp16", ""), ("fp32", ""))  # of kernels without products
+CONVOLUTIONS = ("euler_step", "gradient_step", "weight_gradient", "weight_gradient atomic")
+ELEMENTWISE = ("penalty", "penalty_gradient", "smooth_leaky_relu", "smooth_leaky_relu_backward")
+UNIT_STRIDES = ("in_channel", "out_channel", "slope_channel", "channel", "below_channel", "state_channel")
+POINTERS = (
+    *("input", "filters", "bias", "output", "slopes", "v", "grad", "extra", "grad_below", "v_below", "state"),
+    *("grad_output", "weight", "excess", "coefficients", "grad_weight", "grad_bias"),
+)
+FLOATS = ("step_size", "negative_slope", "rate", "a", "b", "scale")
+UNALIGNED = ("B", "H", "W", "pixels_per_split")  # integers that need not be multiples of 16
 
 
 @dataclass(frozen=True)
@@ -44,66 +54,72 @@ class Resources:
     spilled_bytes: int
     shared_bytes: int
     tensor_core_instruction: str  # the most frequent one; empty if there is none
+    triton: str  # version
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(NamedTuple):
     kernel: str
-    index: int  # of the configuration
+    blocks: int  # which ones
     dtype: str
     precision: str
     target: str
 
 
-POINTERS = {
-    "euler_step": ("input", "filters", "bias", "output", "slopes"),
-    "gradient_step": ("v", "filters", "grad", "extra", "slopes", "grad_below", "v_below"),
-    "weight_gradient": ("state", "v"),
-}
-FLAGS = {
-    "euler_step": {"HAS_BIAS": True, "SAVE_SLOPES": True},
-    "gradient_step": {"HAS_EXTRA": True, "HAS_BELOW": True},
-    "weight_gradient": {"HAS_BIAS": True, "ATOMIC": False},
-}
-UNIT_STRIDES = ("in_channel", "out_channel", "channel", "state_channel")  # channels last
+def _blocks(kernel: str, dtype: str, precision: str) -> tuple[Any, ...]:
+    """The block sizes of a convolution, those of the tuner; one None for every other kernel."""
+    from robust_node_fast.kernels import configs
+
+    if kernel in ELEMENTWISE:
+        return (None,)
+    return configs.BLOCKS[kernel.split()[0]]["ieee" if (dtype, precision) == ("fp32", "ieee") else "tensor cores"]
 
 
 def jobs() -> list[Job]:
-    from robust_node_fast.kernels import configs
-
     return [
-        Job(name, index, dtype, precision, target)
-        for name in POINTERS
-        for index in range(len(getattr(configs, name).configs))
-        for dtype, precision in PRECISIONS
+        Job(kernel, blocks, dtype, precision, target)
+        for kernel in (*CONVOLUTIONS, *ELEMENTWISE)
+        for dtype, precision in (PRODUCTS if kernel in CONVOLUTIONS else ELEMENTS)
+        for blocks in range(len(_blocks(kernel, dtype, precision)))
         for target in TARGETS
     ]
 
 
+def _function_and_constants(job: Job) -> tuple[Any, dict[str, Any], dict[str, int]]:
+    """What is compiled: 3x3 filters, channels-last tensors, every optional tensor present."""
+    from robust_node_fast.kernels import activation, configs, contraction_penalty, euler_conv
+
+    name = job.kernel.split()[0]
+    blocks = _blocks(job.kernel, job.dtype, job.precision)[job.blocks]
+    if blocks is not None:
+        constants = {**configs.constants(name, blocks), "KERNEL": 3, "PRECISION": job.precision, "WIDEN": False}
+        if name == "weight_gradient":
+            constants["ATOMIC"] = job.kernel.endswith(" atomic")
+        return getattr(euler_conv, name), constants, {"num_warps": blocks.warps, "num_stages": blocks.stages}
+    if name.startswith("penalty"):
+        special = {"NORM": 1} if name == "penalty" else {"PER_CHANNEL": True}
+        return getattr(contraction_penalty, name), {**special, "TAPS": 9, **configs.PENALTY}, {}
+    return getattr(activation, name), {"BLOCK": configs.ELEMENTS}, {}
+
+
+def _type(name: str, job: Job) -> str:
+    if (name in ("grad_weight", "grad_bias") and job.kernel in CONVOLUTIONS) or name == "excess":
+        return "*fp32"
+    if name == "slopes" and job.dtype == "fp16":
+        return "*fp32"
+    if name in POINTERS:
+        return f"*{job.dtype}"
+    return "fp32" if name in FLOATS else "i32"
+
+
 def compiled(job: Job) -> Any:
-    """The kernel for 3x3 filters, channels-last tensors and a multiple of 16 channels."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from robust_node_fast.kernels import configs
-
-    tuned = getattr(configs, job.kernel)
-    config, function = tuned.configs[job.index], tuned.fn
-    constants = {**config.kwargs, **FLAGS[job.kernel], "KERNEL": 3, "PRECISION": job.precision, "WIDEN": False}
+    function, constants, options = _function_and_constants(job)
     constants |= {name: 1 for name in UNIT_STRIDES if name in function.arg_names}
-    signature = {}
-    for name in function.arg_names:
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name in POINTERS[job.kernel]:
-            signature[name] = f"*{job.dtype}"
-        elif name in ("grad_weight", "grad_bias"):
-            signature[name] = "*fp32"
-        else:
-            signature[name] = "fp32" if name in ("step_size", "negative_slope") else "i32"
-    aligned = [name for name in function.arg_names if signature[name] != "constexpr" and name not in ("B", "H", "W")]
-    aligned = [name for name in aligned if signature[name] != "fp32"]
+    signature = {name: "constexpr" if name in constants else _type(name, job) for name in function.arg_names}
+    aligned = [n for n, type_ in signature.items() if type_ not in ("constexpr", "fp32") and n not in UNALIGNED]
     source = ASTSource(
         fn=function,
         signature=signature,
@@ -111,7 +127,6 @@ def compiled(job: Job) -> Any:
         attrs={(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
     target = GPUTarget("hip", job.target, 64) if job.target[:3] == "gfx" else GPUTarget("cuda", int(job.target[3:]), 32)
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     return triton.compile(source, target=target, options=options)
 
 
@@ -120,7 +135,7 @@ def _of_ptx(ptx: str, target: str) -> tuple[int, int]:
     import triton
 
     folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    assembler = folder / ("ptxas-blackwell" if int(target[3:]) >= 100 else "ptxas")
+    assembler = folder / ("ptxas-blackwell" if int(target[3:]) >= 100 else "ptxas")  # as Triton chooses
     architecture = re.search(r"\.target (sm_\w+)", ptx)
     assert architecture is not None
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
@@ -148,18 +163,17 @@ def _of_amdgcn(code: str) -> tuple[int, int]:
 
 
 def resources(job: Job) -> Resources:
-    from robust_node_fast.kernels import configs
+    import triton
 
     kernel = compiled(job)
     amd = job.target.startswith("gfx")
     code = kernel.asm["amdgcn" if amd else "ptx"]
     registers, spilled = _of_amdgcn(code) if amd else _of_ptx(code, job.target)
     found = re.findall(TENSOR_CORES[job.target], code)
-    config = getattr(configs, job.kernel).configs[job.index]
-    sizes = "x".join(str(config.kwargs[name]) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
+    blocks = _blocks(job.kernel, job.dtype, job.precision)[job.blocks]
     return Resources(
         job.kernel,
-        f"{sizes} w{config.num_warps} s{config.num_stages}",
+        str(blocks or ""),
         job.dtype,
         job.precision,
         job.target,
@@ -167,26 +181,28 @@ def resources(job: Job) -> Resources:
         spilled,
         kernel.metadata.shared,
         max(sorted(set(found)), key=found.count) if found else "",
+        triton.__version__,
     )
 
 
 def problems(row: Resources) -> Iterator[str]:
     """What must not be: spills, more shared memory than there is, low precision without tensor cores."""
-    name = f"{row.kernel} {row.configuration} {row.dtype}/{row.precision} {row.target}"
+    name = f"{row.kernel} {row.configuration} {row.dtype} {row.precision} {row.target}"
     if row.spilled_bytes:
         yield f"{name}: {row.spilled_bytes} bytes spilled"
     if row.shared_bytes > SHARED_LIMIT[row.target]:
         yield f"{name}: {row.shared_bytes} bytes of shared memory, {SHARED_LIMIT[row.target]} there are"
-    if (row.dtype, row.precision) != ("fp32", "ieee") and not row.tensor_core_instruction:
+    low = row.precision and (row.dtype, row.precision) != ("fp32", "ieee")
+    if low and not row.tensor_core_instruction:
         yield f"{name}: no tensor-core instruction"
 
 
-def table(processes: int) -> list[Resources]:
+def table(wanted: Iterable[Job], processes: int) -> list[Resources]:
     with ProcessPoolExecutor(processes) as pool:
-        return list(pool.map(resources, jobs(), chunksize=4))
+        return list(pool.map(resources, wanted))
 
 
-def write(rows: list[Resources], path: Path) -> None:
+def write(rows: Iterable[Resources], path: Path) -> None:
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Resources)], lineterminator="\n")
         writer.writeheader()
@@ -194,15 +210,15 @@ def write(rows: list[Resources], path: Path) -> None:
 
 
 def read(path: Path) -> list[Resources]:
+    rows: list[dict[str, Any]] = []
     with path.open() as file:
-        return [
-            Resources(**{f.name: int(row[f.name]) if f.type == "int" else row[f.name] for f in fields(Resources)})
-            for row in csv.DictReader(file)
-        ]
+        for row in csv.DictReader(file):
+            rows.append({f.name: int(row[f.name]) if f.type == "int" else row[f.name] for f in fields(Resources)})
+    return [Resources(**row) for row in rows]
 
 
 if __name__ == "__main__":
-    found = table(os.cpu_count() or 1)
+    found = table(jobs(), min(2, os.cpu_count() or 1))
     write(found, RESULTS)
     wrong = [problem for row in found for problem in problems(row)]
     print("\n".join(wrong) or f"{len(found)} kernels, none spills")

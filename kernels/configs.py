@@ -1,52 +1,90 @@
-"""Block sizes that each kernel may run with; ``bench/resources.py`` compiles every one for every target.
+"""Block sizes of the convolutions that the tuner may choose from; ``bench/resources.py`` compiles every one of them.
 
-Listed are those without spilled registers whose shared memory fits the smallest target (docs/gpu.md has the table).
+Listed are only those that spill no register and fit into the shared memory of every target: the committed table
+``bench/results/triton_resources.csv`` shows it, ``tests/test_triton_resources.py`` checks it.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import triton
-from triton import Config, knobs
 
 from robust_node_fast.kernels import euler_conv
 
-# Rows x columns x depth of a block, warps, stages of the pipeline.
-_STEP = (
-    (128, 128, 32, 8, 3),
-    (128, 64, 32, 8, 3),
-    (64, 64, 32, 4, 3),
-    (128, 32, 32, 4, 3),
-    (64, 16, 16, 4, 2),
+
+class Blocks(NamedTuple):
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.columns}x{self.depth} w{self.warps} s{self.stages}"
+
+
+_CONVOLUTION = (
+    Blocks(128, 128, 32, 8, 3),
+    Blocks(128, 64, 32, 8, 3),
+    Blocks(64, 64, 32, 4, 3),
+    Blocks(128, 32, 32, 4, 3),
+    Blocks(64, 16, 16, 4, 2),
 )
-_WEIGHT = ((64, 64, 32, 4, 3), (32, 32, 64, 4, 3), (16, 16, 64, 4, 2))
+_CONVOLUTION_IEEE = (
+    Blocks(128, 64, 16, 8, 2),
+    Blocks(64, 64, 16, 8, 2),
+    Blocks(64, 32, 16, 4, 2),
+    Blocks(64, 16, 16, 4, 2),
+)
+_WEIGHT = (
+    Blocks(64, 64, 32, 4, 3),
+    Blocks(32, 32, 64, 4, 3),
+    Blocks(16, 16, 64, 4, 2),
+)
+_WEIGHT_IEEE = (
+    Blocks(64, 64, 16, 8, 2),
+    Blocks(32, 32, 32, 4, 2),
+    Blocks(16, 16, 32, 4, 2),
+)
+# Exact float32 products ("ieee") run without tensor cores and need more registers: they have blocks of their own.
+BLOCKS: dict[str, dict[str, tuple[Blocks, ...]]] = {
+    "euler_step": {"tensor cores": _CONVOLUTION, "ieee": _CONVOLUTION_IEEE},
+    "gradient_step": {"tensor cores": _CONVOLUTION, "ieee": _CONVOLUTION_IEEE},
+    "weight_gradient": {"tensor cores": _WEIGHT, "ieee": _WEIGHT_IEEE},
+}
+ELEMENTS = 1024  # of a program of an element-wise kernel
+PENALTY = {"BLOCK_D": 16, "BLOCK_E": 128}  # output channels, and filter taps of all input channels, at a time
+INTERPRETED = Blocks(128, 64, 64, 4, 1)  # Triton's interpreter takes as long for a small block as for a large one
 
 
-def _configs(blocks: tuple[tuple[int, int, int, int, int], ...], **constants: int) -> list[Config]:
+def constants(kernel: str, blocks: Blocks) -> dict[str, int]:
+    """The kernel's compile-time arguments for these blocks."""
+    sizes = {"BLOCK_M": blocks.rows, "BLOCK_N": blocks.columns, "BLOCK_K": blocks.depth}
+    return sizes if kernel == "weight_gradient" else {**sizes, "GROUP": 8}
+
+
+def of_width(kernel: str, products: str, channels: int) -> list[Blocks]:
+    """Without blocks that would mostly hold channels that are not there."""
+    widest = max(16, triton.next_power_of_2(channels))
     return [
-        Config({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, **constants}, num_warps=warps, num_stages=stages)
-        for m, n, k, warps, stages in blocks
+        blocks
+        for blocks in BLOCKS[kernel][products]
+        if blocks.columns <= widest and (kernel != "weight_gradient" or blocks.rows <= widest)
     ]
 
 
-STEP = _configs(_STEP, GROUP=8)
-WEIGHT = _configs(_WEIGHT)
-KEY = ["C", "KERNEL", "PRECISION"]
+@cache
+def tuned(kernel: str, products: str, width: int) -> Any:
+    """The kernel with the configurations for ``width`` channels, of which the first call takes the fastest.
 
-euler_step = triton.autotune(STEP, key=KEY)(euler_conv.euler_step)
-gradient_step = triton.autotune(STEP, key=KEY)(euler_conv.gradient_step)
-# Atomic additions would add up over the runs of the tuner.
-weight_gradient = triton.autotune(WEIGHT, key=KEY, reset_to_zero=["grad_weight", "grad_bias"])(
-    euler_conv.weight_gradient
-)
-
-
-def launch(kernel: Any, grid: Any, *args: Any, **constants: Any) -> None:
-    """Run with the best configuration; Triton's interpreter, which cannot tune, takes the last, smallest one."""
-    if knobs.runtime.interpret:
-        config = kernel.configs[-1]
-        meta = {**config.kwargs, **constants}
-        kernel.fn[grid(meta)](*args, **meta)
-    else:
-        kernel[grid](*args, **constants)
+    Not ``prune_configs_by``: under torch.compile it loses ``reset_to_zero``, without which the runs of the tuner would
+    add up in an atomic weight gradient.
+    """
+    configurations = [
+        triton.Config(constants(kernel, blocks), num_warps=blocks.warps, num_stages=blocks.stages)
+        for blocks in of_width(kernel, products, width)
+    ]
+    reset = ["grad_weight", "grad_bias"] if kernel == "weight_gradient" else None
+    return triton.autotune(configurations, key=["C", "KERNEL"], reset_to_zero=reset)(getattr(euler_conv, kernel))

@@ -1,4 +1,4 @@
-"""Triton kernels of the Gershgorin penalty of all steps' filters and its gradient.
+"""Triton kernels of the Gershgorin penalty of all steps' filters and its gradient, each in one launch.
 
 One program holds a block of channels of one step; the oracle is ``robust_node_fast.reference``.
 """
@@ -28,16 +28,14 @@ def penalty(
     bank = weight + n.to(tl.int64) * C * C * TAPS
     row = tl.zeros((BLOCK_D,), dtype=tl.float32)
     column = tl.zeros((BLOCK_D,), dtype=tl.float32)
-    for first in range(0, C * TAPS, BLOCK_E):  # d's filters lie in one piece
+    for first in range(0, C * TAPS, BLOCK_E):
         at = first + tl.arange(0, BLOCK_E)
         mask = (d < C)[:, None] & (at < C * TAPS)[None, :]
-        values = tl.load(bank + (d * (C * TAPS))[:, None] + at[None, :], mask=mask, other=0.0)
-        row += tl.sum(tl.abs(values.to(tl.float32)), axis=1)
-    for first in range(0, C * TAPS, BLOCK_E):  # what reads channel d: TAPS in one piece for each output
-        at = first + tl.arange(0, BLOCK_E)
-        mask = (d < C)[:, None] & (at < C * TAPS)[None, :]
-        places = (at // TAPS * (C * TAPS) + at % TAPS)[None, :] + (d * TAPS)[:, None]
-        column += tl.sum(tl.abs(tl.load(bank + places, mask=mask, other=0.0).to(tl.float32)), axis=1)
+        # d's filters lie in one piece; what reads channel d, in TAPS pieces of each output's filters
+        own = (d * (C * TAPS))[:, None] + at[None, :]
+        readers = (at // TAPS * (C * TAPS) + at % TAPS)[None, :] + (d * TAPS)[:, None]
+        row += tl.sum(tl.abs(tl.load(bank + own, mask=mask, other=0.0).to(tl.float32)), axis=1)
+        column += tl.sum(tl.abs(tl.load(bank + readers, mask=mask, other=0.0).to(tl.float32)), axis=1)
     m = tl.load(bank + d * (C * TAPS) + d * TAPS + TAPS // 2, mask=d < C, other=0.0).to(tl.float32)
     r, q = row - tl.abs(m), column - tl.abs(m)
     if NORM == 0:
@@ -77,7 +75,7 @@ def penalty_gradient(
     """``grad_weight`` of a block of output channels; ``grad_output`` is one number, or (N, C) with PER_CHANNEL."""
     n = tl.program_id(1)
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    own = n.to(tl.int64) * C * C * TAPS
+    bank = n.to(tl.int64) * C * C * TAPS
     slopes = coefficients + n * 3 * C
     outer = tl.load(grad_output + (n * C + d if PER_CHANNEL else d * 0), mask=d < C, other=0.0).to(tl.float32)
     dm = tl.load(slopes + d, mask=d < C, other=0.0).to(tl.float32) * outer
@@ -88,10 +86,10 @@ def penalty_gradient(
         mask = (d < C)[:, None] & (e < C)[None, :]
         outer_e = tl.load(grad_output + (n * C + e if PER_CHANNEL else e * 0), mask=e < C, other=0.0).to(tl.float32)
         dq = tl.load(slopes + 2 * C + e, mask=e < C, other=0.0).to(tl.float32) * outer_e
-        places = own + (d * (C * TAPS))[:, None] + at[None, :]
-        w = tl.load(weight + places, mask=mask, other=0.0).to(tl.float32)
+        own = bank + (d * (C * TAPS))[:, None] + at[None, :]
+        w = tl.load(weight + own, mask=mask, other=0.0).to(tl.float32)
         result = sign(w) * (dr[:, None] + dq[None, :])
         result = tl.where(w == w, result, w)  # a NaN filter gives a NaN gradient
         centre = (d[:, None] == e[None, :]) & (tap == TAPS // 2)[None, :]
         result = tl.where(centre, dm[:, None] + tl.zeros_like(result), result)
-        tl.store(grad_weight + places, result.to(grad_weight.dtype.element_ty), mask=mask)
+        tl.store(grad_weight + own, result.to(grad_weight.dtype.element_ty), mask=mask)

@@ -1,39 +1,112 @@
 """The Triton kernels (kernels/): allocates results in the contract's layout and launches, step by step.
 
-States between steps are in the tensor's dtype, sums in float32. float32 products follow PyTorch's own switch for
-convolutions, ``torch.backends.cudnn.allow_tf32``, unless ``RNF_PRECISION=exact``.
+States and gradients between steps are in the tensors' dtype, as PyTorch rounds them, and sums in float32; slopes kept
+for the backward pass are rounded to bfloat16 for bfloat16 tensors. Products of float32 follow PyTorch's own switch for
+convolutions, ``torch.backends.cudnn.conv.fp32_precision``; with ``RNF_PRECISION=exact`` they are exact.
+
+Nothing here waits for the device, so that CUDA graphs can capture every op once the tuner has seen its shape. Under
+torch.compile the launches become nodes of the graph (``_ops.py`` registers that).
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from itertools import cycle, islice
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from triton import knobs
 
 from robust_node_fast import _checks, _layout
-from robust_node_fast.kernels import configs, contraction_penalty
+from robust_node_fast.kernels import activation, configs, euler_conv
+from robust_node_fast.kernels import contraction_penalty as penalty_kernels
 
 _EXACT = os.environ.get("RNF_PRECISION") == "exact"
 _INTERPRETED = knobs.runtime.interpret
 _SPLITS = 64  # of the pixels in a weight gradient, at most
 _PIXELS = 2048  # and at least so many in each
 
+Grid = Callable[[dict[str, Any]], tuple[int, ...]]
 
-def _precision(dtype: torch.dtype) -> dict[str, Any]:
-    tf32 = torch.backends.cudnn.allow_tf32 and not _EXACT
-    return {
-        "PRECISION": "tf32" if dtype == torch.float32 and tf32 else "ieee",
-        "WIDEN": _INTERPRETED and dtype == torch.bfloat16,
-    }
+
+def _launch(kernel: Any, grid: Grid, *args: Any, **constants: Any) -> None:
+    """On the device of the first argument; or into the graph that is being traced."""
+    if isinstance(args[0], FunctionalTensor):
+        torch.library.wrap_triton(kernel)[grid](*args, **constants)
+    elif args[0].is_cuda:
+        with torch.cuda.device(args[0].device):
+            kernel[grid](*args, **constants)
+    else:  # Triton's interpreter
+        kernel[grid](*args, **constants)
+
+
+def _launch_convolution(name: str, grid: Grid, input: Tensor, *args: Any, kernel_size: int, **constants: Any) -> None:
+    """One of the kernels of ``euler_conv`` with the fastest blocks."""
+    switch = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    exact = input.dtype == torch.float32 and (_EXACT or switch != "tf32")
+    constants |= {"KERNEL": kernel_size, "WIDEN": _INTERPRETED and input.dtype == torch.bfloat16}
+    constants["PRECISION"] = "tf32" if input.dtype == torch.float32 and not exact else "ieee"
+    if _INTERPRETED:  # it cannot tune
+        kernel = getattr(euler_conv, name)
+        constants |= configs.constants(name, configs.INTERPRETED)
+    else:
+        width = min(128, triton.next_power_of_2(input.shape[1]))
+        kernel = configs.tuned(name, "ieee" if exact else "tensor cores", width)
+    _launch(kernel, grid, input, *args, **constants)
 
 
 def _strides(*tensors: Tensor) -> list[int]:
-    return [stride for tensor in tensors for stride in tensor.stride()[-4:]]
+    return [stride for tensor in tensors for stride in tensor.stride()]
+
+
+def _blocks(length: int, block: int) -> int:
+    return -(-length // block)
+
+
+def _grid(pixels: int, channels: int) -> Grid:
+    return lambda meta: (_blocks(pixels, meta["BLOCK_M"]) * _blocks(channels, meta["BLOCK_N"]),)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Activation
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _dense_like(tensor: Tensor, template: Tensor) -> Tensor:
+    """``tensor`` in the memory order of ``template``, which is one dense block."""
+    if tensor.stride() == template.stride():
+        return tensor
+    return torch.empty_like(template, dtype=tensor.dtype).copy_(tensor)
+
+
+def smooth_leaky_relu(input: Tensor, negative_slope: float) -> Tensor:
+    output = torch.empty_like(input)
+    count = input.numel()
+    if count:
+        args = (_dense_like(input, output), output, count, negative_slope)
+        _launch(
+            activation.smooth_leaky_relu, lambda meta: (_blocks(count, meta["BLOCK"]),), *args, BLOCK=configs.ELEMENTS
+        )
+    return output
+
+
+def smooth_leaky_relu_backward(grad_output: Tensor, input: Tensor, negative_slope: float) -> Tensor:
+    output = torch.empty_like(input)
+    count = input.numel()
+    if count:
+        kernel, dense = activation.smooth_leaky_relu_backward, (_dense_like(t, output) for t in (grad_output, input))
+        args = (*dense, output, count, negative_slope)
+        _launch(kernel, lambda meta: (_blocks(count, meta["BLOCK"]),), *args, BLOCK=configs.ELEMENTS)
+    return output
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flow
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def _banks(weight: Tensor) -> Tensor:
@@ -51,64 +124,53 @@ def _packed_transposed(weight: Tensor) -> Tensor:
     return _banks(weight).flip(3, 4).permute(0, 3, 4, 1, 2).flatten(1, 2).contiguous()
 
 
-def _grid(rows: int, columns: int) -> Callable[[dict[str, Any]], tuple[int]]:
-    return lambda meta: (triton.cdiv(rows, meta["BLOCK_M"]) * triton.cdiv(columns, meta["BLOCK_N"]),)
-
-
-def _step(
-    input: Tensor,
-    filters: Tensor,
-    bias: Tensor | None,
-    output: Tensor,
-    slopes: Tensor | None,
-    step_size: float,
-    negative_slope: float,
-    kernel_size: int,
-) -> None:
-    batch, channels, height, width = input.shape
-    configs.launch(
-        configs.euler_step,
-        _grid(batch * height * width, channels),
-        input,
-        filters,
-        input if bias is None else bias,
-        output,
-        output if slopes is None else slopes,
-        step_size,
-        negative_slope,
-        batch,
-        channels,
-        height,
-        width,
-        *_strides(input, output),
-        HAS_BIAS=bias is not None,
-        SAVE_SLOPES=slopes is not None,
-        KERNEL=kernel_size,
-        **_precision(input.dtype),
-    )
-
-
 def _run_flow(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     step_size: float,
     negative_slope: float,
-    n_steps: int,
     states: Sequence[Tensor],
-    slopes: Sequence[Tensor] | None,
+    slopes: Sequence[Tensor | None],
+    kept: Tensor | None = None,
 ) -> None:
-    """``states[k]`` becomes the state after step k."""
+    """``states[k]`` becomes the state after step k, ``slopes[k]`` that step's ``h s'(u)``.
+
+    ``kept[k]``, if given, becomes a copy of the state that enters step k.
+    """
     if input.numel() == 0:
         return
-    filters = _packed(weight)
-    with torch.cuda.device_of(input):
-        for k in range(n_steps):
-            bank = 0 if weight.dim() == 4 else k
-            b = None if bias is None else bias.contiguous().view(-1, bias.shape[-1])[bank]
-            source = input if k == 0 else states[k - 1]
-            slope = None if slopes is None else slopes[k]
-            _step(source, filters[bank], b, states[k], slope, step_size, negative_slope, weight.shape[-1])
+    filters, biases = _packed(weight), None if bias is None else bias.contiguous().view(-1, bias.shape[-1])
+    batch, channels, height, width = input.shape
+    source = input
+    for k, (state, slope) in enumerate(zip(states, slopes, strict=True)):
+        bank = 0 if weight.dim() == 4 else k
+        if kept is not None:
+            kept[k].copy_(source)
+        _launch_convolution(
+            "euler_step",
+            _grid(batch * height * width, channels),
+            source,
+            filters[bank],
+            None if biases is None else biases[bank],
+            state,
+            slope,
+            step_size,
+            negative_slope,
+            batch,
+            channels,
+            height,
+            width,
+            *_strides(source, state, state if slope is None else slope),
+            kernel_size=int(weight.shape[-1]),
+        )
+        source = state
+
+
+def _alternating(last: Tensor, n_steps: int, order: torch.memory_format) -> list[Tensor]:
+    """Where each step's state goes when only the last is wanted: two buffers in turn, in the kernels' own order."""
+    scratch = cycle([torch.empty_like(last, memory_format=order) for _ in range(min(2, n_steps - 1))])
+    return [*islice(scratch, n_steps - 1), last]
 
 
 def euler_conv_flow(
@@ -123,12 +185,11 @@ def euler_conv_flow(
     if return_trajectory:
         output = _layout.empty_trajectory(input, n_steps + 1)
         output[0].copy_(input)
-        states = list(output[1:])
+        states = list(output[1:].unbind(0))
     else:
         output = _layout.empty_state(input)
-        other = torch.empty_like(output) if n_steps > 1 else output
-        states = [output if (n_steps - k) % 2 else other for k in range(n_steps)]
-    _run_flow(input, weight, bias, step_size, negative_slope, n_steps, states, None)
+        states = _alternating(output, n_steps, _layout.saved_format(input))
+    _run_flow(input, weight, bias, step_size, negative_slope, states, [None] * n_steps)
     return output
 
 
@@ -143,52 +204,92 @@ def euler_conv_flow_saving(
 ) -> tuple[Tensor, Tensor, Tensor]:
     output = _layout.empty_state(input)
     kept, slopes = _layout.empty_saved(input, n_steps, save_states, input.dtype)
-    if save_states:
+    copied = None
+    if save_states and kept.dtype == input.dtype:  # what is kept is what the steps read
         kept[0].copy_(input)
-        states = [*kept[1:], output]
+        states = [*kept[1:].unbind(0), output]
     else:
-        other = torch.empty_like(output)
-        states = [output if (n_steps - k) % 2 else other for k in range(n_steps)]
-    _run_flow(input, weight, bias, step_size, negative_slope, n_steps, states, slopes.unbind(0))
+        states = _alternating(output, n_steps, _layout.saved_format(input))
+        copied = kept if save_states else None
+    _run_flow(input, weight, bias, step_size, negative_slope, states, slopes.unbind(0), copied)
     return output, kept, slopes
 
 
-def _weight_gradient(state: Tensor, v: Tensor, kernel_size: int, wants_bias: bool) -> tuple[Tensor, Tensor]:
-    """``(taps, C_in, C_out)`` and ``(C,)``, in float32."""
-    batch, channels, height, width = v.shape
-    pixels = batch * height * width
-    splits = min(_SPLITS, triton.cdiv(pixels, _PIXELS))
-    atomic = splits > 1 and not torch.are_deterministic_algorithms_enabled()
-    copies = 1 if atomic else splits
-    shape = (copies, kernel_size**2, channels, channels)
-    create = state.new_zeros if atomic else state.new_empty
-    weight_sums = create(shape, dtype=torch.float32)
-    bias_sums = create((copies, channels), dtype=torch.float32)
-    per_split = triton.cdiv(triton.cdiv(pixels, splits), 64) * 64  # whole blocks
+class _FilterGradients:
+    """Gradients for all banks of filters and biases, summed in float32, step by step."""
 
-    def grid(meta: dict[str, Any]) -> tuple[int, int]:
-        blocks = triton.cdiv(channels, meta["BLOCK_M"]) * triton.cdiv(channels, meta["BLOCK_N"])
-        return kernel_size**2 * blocks, splits
+    def __init__(self, v: Tensor, weight: Tensor, wants_weight: bool, wants_bias: bool) -> None:
+        batch, channels, height, width = v.shape
+        self.pixels = batch * height * width
+        self.splits = min(_SPLITS, _blocks(self.pixels, _PIXELS))
+        self.shared, self.kernel_size = weight.dim() == 4, int(weight.shape[-1])
+        banks = 1 if self.shared else weight.shape[0]
+        of_weight, of_bias = (self.kernel_size**2, channels, channels), (channels,)
+        options: dict[str, Any] = {"dtype": torch.float32, "device": v.device}
+        # A bank to which one program adds, and only once, need not start at zero.
+        once = self.splits == 1 and not self.shared
+        create = torch.empty if once else torch.zeros
+        self.weight = create((banks, *of_weight), **options) if wants_weight else None
+        self.bias = torch.zeros((banks, *of_bias), **options) if wants_bias else None
+        self.atomic = not once and not (self.splits > 1 and torch.are_deterministic_algorithms_enabled())
+        self.parts: tuple[Tensor, Tensor | None] | None = None  # of each split, added up in their order
+        if wants_weight and not once and not self.atomic:
+            parts_of_bias = torch.empty((self.splits, *of_bias), **options) if wants_bias else None
+            self.parts = torch.empty((self.splits, *of_weight), **options), parts_of_bias
 
-    configs.launch(
-        configs.weight_gradient,
-        grid,
-        state,
-        v,
-        weight_sums,
-        bias_sums,
-        batch,
-        channels,
-        height,
-        width,
-        per_split,
-        *_strides(state, v),
-        HAS_BIAS=wants_bias,
-        ATOMIC=atomic,
-        KERNEL=kernel_size,
-        **_precision(state.dtype),
-    )
-    return weight_sums.sum(0), bias_sums.sum(0)
+    def add(self, step: int, state: Tensor | None, v: Tensor) -> None:
+        """What the step adds that ``state`` entered; without a state, to the bias alone."""
+        if self.pixels == 0:
+            return
+        bank = 0 if self.shared else step
+        bias = None if self.bias is None else self.bias[bank]
+        if self.weight is None or state is None:
+            if bias is not None:
+                bias.add_(v.sum((0, 2, 3), dtype=torch.float32))
+        elif self.parts is None:
+            self._launch(state, v, self.weight[bank], bias)
+        else:
+            weight_parts, bias_parts = self.parts
+            self._launch(state, v, weight_parts, bias_parts)
+            self.weight[bank].add_(weight_parts.sum(0))
+            if bias is not None and bias_parts is not None:
+                bias.add_(bias_parts.sum(0))
+
+    def _launch(self, state: Tensor, v: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        batch, channels, height, width = v.shape
+
+        def grid(meta: dict[str, Any]) -> tuple[int, int]:
+            blocks = _blocks(channels, meta["BLOCK_M"]) * _blocks(channels, meta["BLOCK_N"])
+            return self.kernel_size**2 * blocks, self.splits
+
+        _launch_convolution(
+            "weight_gradient",
+            grid,
+            state,
+            v,
+            weight,
+            bias,
+            batch,
+            channels,
+            height,
+            width,
+            _blocks(self.pixels, self.splits),
+            *_strides(state, v),
+            ATOMIC=self.atomic,
+            kernel_size=self.kernel_size,
+        )
+
+    def results(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """In the shapes and dtype of ``weight`` and its bias; empty where nothing was wanted."""
+        of_weight, of_bias = weight.new_empty(0), weight.new_empty(0)
+        if self.weight is not None:
+            taps = self.weight.view(-1, self.kernel_size, self.kernel_size, *self.weight.shape[2:]).permute(
+                0, 4, 3, 1, 2
+            )
+            of_weight = taps.reshape(weight.shape).to(weight.dtype).contiguous()
+        if self.bias is not None:
+            of_bias = self.bias.reshape(weight.shape[:-3]).to(weight.dtype)
+        return of_weight, of_bias
 
 
 def euler_conv_flow_backward(
@@ -205,68 +306,46 @@ def euler_conv_flow_backward(
     slopes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     wants_input, wants_weight, wants_bias = output_mask
-    kernel_size, shared = int(weight.shape[-1]), weight.dim() == 4
-    needs_states = wants_weight or wants_bias
     if slopes is None:
         _, states, slopes = euler_conv_flow_saving(
-            input, weight, bias, step_size, negative_slope, n_steps, needs_states
+            input, weight, bias, step_size, negative_slope, n_steps, wants_weight
         )
-    elif needs_states and states is None:
+    elif wants_weight and states is None:
         raise ValueError("slopes without states give no gradient of the weight")
-    order = _layout.empty_state(slopes[0])  # all of the loop's tensors share its strides
-
-    def placed(tensor: Tensor) -> Tensor:
-        return tensor if tensor.stride() == order.stride() else torch.empty_like(order).copy_(tensor)
-
-    steps = list(slopes.to(input.dtype))
-    grad = placed(grad_output[-1] if return_trajectory else grad_output)
-    banks = 1 if shared else n_steps
-    grad_weight = weight.new_zeros((banks, kernel_size**2, *weight.shape[-4:-2]), dtype=torch.float32)
-    grad_bias = weight.new_zeros((banks, weight.shape[-4]), dtype=torch.float32)
+    batch, channels, height, width = input.shape
+    # All of the loop's tensors have the memory order of what was saved; only the result has its own.
+    grad = _dense_like(grad_output[-1] if return_trajectory else grad_output, slopes[-1])
+    v = (slopes[-1] * grad).to(input.dtype)
+    grads = cycle([torch.empty_like(v) for _ in range(min(2, n_steps - 1))])
+    others = cycle([torch.empty_like(v) if n_steps > 1 else v, v])
+    result = _layout.empty_state(input) if wants_input else input.new_empty(0)
+    sums = _FilterGradients(v, weight, wants_weight, wants_bias)
     filters = _packed_transposed(weight)
-    v = steps[-1] * grad
-    with torch.cuda.device_of(input):
-        for k in reversed(range(n_steps) if input.numel() else ()):
-            bank = 0 if shared else k
-            if needs_states:
-                assert states is not None
-                of_weight, of_bias = _weight_gradient(states[k], v, kernel_size, wants_bias)
-                grad_weight[bank] += of_weight
-                grad_bias[bank] += of_bias
-            if k == 0 and not wants_input:
-                break
-            below, v_below = torch.empty_like(grad), torch.empty_like(v)
-            extra = placed(grad_output[k]) if return_trajectory else grad
-            batch, channels, height, width = input.shape
-            configs.launch(
-                configs.gradient_step,
-                _grid(batch * height * width, channels),
-                v,
-                filters[bank],
-                grad,
-                extra,
-                steps[k - 1],
-                below,
-                v_below,
-                batch,
-                channels,
-                height,
-                width,
-                *_strides(v),
-                HAS_EXTRA=return_trajectory,
-                HAS_BELOW=k > 0,
-                KERNEL=kernel_size,
-                **_precision(input.dtype),
-            )
+    for k in reversed(range(n_steps)):
+        sums.add(k, states[k].to(input.dtype) if wants_weight and states is not None else None, v)
+        if input.numel() == 0 or (k == 0 and not wants_input):
+            continue
+        below, v_below = (next(grads), next(others)) if k else (result, None)
+        _launch_convolution(
+            "gradient_step",
+            _grid(batch * height * width, channels),
+            v,
+            filters[0 if weight.dim() == 4 else k],
+            _dense_like(grad, v),
+            _dense_like(grad_output[k], v) if return_trajectory else None,
+            _dense_like(slopes[k - 1], v) if k else None,
+            below,
+            v_below,
+            batch,
+            channels,
+            height,
+            width,
+            *_strides(v, below),
+            kernel_size=int(weight.shape[-1]),
+        )
+        if v_below is not None:
             grad, v = below, v_below
-    unwanted = input.new_empty(0)
-    result = _layout.empty_state(input).copy_(grad) if wants_input else unwanted
-    taps = grad_weight.view(banks, kernel_size, kernel_size, *weight.shape[-4:-2]).permute(0, 4, 3, 1, 2)
-    return (
-        result,
-        taps.to(weight.dtype).reshape(weight.shape).contiguous() if wants_weight else unwanted.clone(),
-        grad_bias.to(weight.dtype).reshape(weight.shape[:-3]) if wants_bias else unwanted.clone(),
-    )
+    return result, *sums.results(weight)
 
 
 def euler_conv_step(
@@ -284,68 +363,76 @@ def euler_conv_step_backward(
     negative_slope: float,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return euler_conv_flow_backward(
-        grad_output, input, weight, bias, step_size, negative_slope, 1, False, output_mask
-    )
+    return euler_conv_flow_backward(grad_output, input, weight, bias, step_size, negative_slope, 1, False, output_mask)
 
 
-def _penalty_blocks(channels: int) -> dict[str, int]:
-    return {"BLOCK_D": min(16, triton.next_power_of_2(channels)), "BLOCK_E": 128}
+# ---------------------------------------------------------------------------------------------------------------------
+# Penalty: one launch for all steps, one more for its gradient
+# ---------------------------------------------------------------------------------------------------------------------
 
 
-def penalty(
+def _penalty_grid(channels: int, steps: int) -> Grid:
+    return lambda meta: (_blocks(channels, meta["BLOCK_D"]), steps)
+
+
+def contraction_penalty(
     weight: Tensor, rate: float, slope_low: float, slope_high: float, norm: str, reduction: str
 ) -> tuple[Tensor, Tensor]:
     banks = _banks(weight).contiguous()
-    steps, channels, taps = banks.shape[0], banks.shape[1], banks.shape[-1] ** 2
+    steps, channels = banks.shape[:2]
     per_channel = weight.shape[:-3]
     excess = weight.new_empty(per_channel, dtype=torch.float32)
     coefficients = weight.new_empty((*per_channel[:-1], 3, channels))
-    blocks = _penalty_blocks(channels)
     scale = 1.0 / (steps * channels) if reduction == "mean" else 1.0
-    with torch.cuda.device_of(weight):
-        contraction_penalty.penalty[(triton.cdiv(channels, blocks["BLOCK_D"]), steps)](
-            banks,
-            excess,
-            coefficients,
-            channels,
-            rate,
-            slope_low,
-            slope_high,
-            scale,
-            NORM=_checks.NORMS.index(norm),
-            TAPS=taps,
-            **blocks,
-        )
+    _launch(
+        penalty_kernels.penalty,
+        _penalty_grid(channels, steps),
+        banks,
+        excess,
+        coefficients,
+        channels,
+        rate,
+        slope_low,
+        slope_high,
+        scale,
+        NORM=_checks.NORMS.index(norm),
+        TAPS=banks.shape[-1] ** 2,
+        **configs.PENALTY,
+    )
     value = excess if reduction == "none" else excess.sum() * scale
     return value.to(weight.dtype), coefficients
 
 
-def penalty_backward(grad_output: Tensor, weight: Tensor, coefficients: Tensor) -> Tensor:
+def contraction_penalty_backward(grad_output: Tensor, weight: Tensor, coefficients: Tensor) -> Tensor:
     grad_weight = weight.new_empty(weight.shape)
     banks = _banks(weight).contiguous()
-    steps, channels, taps = banks.shape[0], banks.shape[1], banks.shape[-1] ** 2
-    blocks = _penalty_blocks(channels)
-    with torch.cuda.device_of(weight):
-        contraction_penalty.penalty_gradient[(triton.cdiv(channels, blocks["BLOCK_D"]), steps)](
-            grad_output.contiguous(),
-            banks,
-            coefficients,
-            grad_weight,
-            channels,
-            PER_CHANNEL=grad_output.dim() > 0,
-            TAPS=taps,
-            **blocks,
-        )
+    steps, channels = banks.shape[:2]
+    _launch(
+        penalty_kernels.penalty_gradient,
+        _penalty_grid(channels, steps),
+        grad_output.contiguous(),
+        banks,
+        coefficients,
+        grad_weight,
+        channels,
+        PER_CHANNEL=grad_output.dim() > 0,
+        TAPS=banks.shape[-1] ** 2,
+        **configs.PENALTY,
+    )
     return grad_weight
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
-    "euler_conv_step": euler_conv_step,
-    "euler_conv_step_backward": euler_conv_step_backward,
-    "euler_conv_flow": euler_conv_flow,
-    "euler_conv_flow_saving": euler_conv_flow_saving,
-    "euler_conv_flow_backward": euler_conv_flow_backward,
-    "contraction_penalty": penalty,
-    "contraction_penalty_backward": penalty_backward,
+    function.__name__: function
+    for function in (
+        smooth_leaky_relu,
+        smooth_leaky_relu_backward,
+        euler_conv_step,
+        euler_conv_step_backward,
+        euler_conv_flow,
+        euler_conv_flow_saving,
+        euler_conv_flow_backward,
+        contraction_penalty,
+        contraction_penalty_backward,
+    )
 }
