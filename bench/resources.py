@@ -7,6 +7,7 @@ shared memory, tensor-core instructions. ``tests/test_triton_resources.py`` comp
 from __future__ import annotations
 
 import csv
+import multiprocessing
 import os
 import re
 import subprocess
@@ -71,7 +72,11 @@ def _blocks(kernel: str, dtype: str, precision: str) -> tuple[Any, ...]:
 
     if kernel in ELEMENTWISE:
         return (None,)
-    return configs.BLOCKS[kernel.split()[0]]["ieee" if (dtype, precision) == ("fp32", "ieee") else "tensor cores"]
+    return configs.BLOCKS[kernel.split()[0]][precision if dtype == "fp32" else "16 bit"]
+
+
+def configuration(job: Job) -> str:
+    return str(_blocks(job.kernel, job.dtype, job.precision)[job.blocks] or "")
 
 
 def jobs() -> list[Job]:
@@ -130,27 +135,19 @@ def compiled(job: Job) -> Any:
     return triton.compile(source, target=target, options=options)
 
 
-def _of_ptx(ptx: str, target: str) -> tuple[int, int]:
-    """Registers of a thread and bytes spilled, as ptxas sees them."""
+def _of_cubin(cubin: bytes) -> tuple[int, int]:
+    """Registers of a thread, and bytes of its stack: these kernels have no arrays, what is there was spilled."""
     import triton
 
-    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    assembler = folder / ("ptxas-blackwell" if int(target[3:]) >= 100 else "ptxas")  # as Triton chooses
-    architecture = re.search(r"\.target (sm_\w+)", ptx)
-    assert architecture is not None
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(ptx)
+    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
         file.flush()
-        command = [str(assembler), "-v", f"-arch={architecture[1]}", file.name, "-o", os.devnull]
-        log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-
-    def number(pattern: str) -> int:
-        found = re.search(pattern, log)
-        assert found is not None, log
-        return int(found[1])
-
-    spilled = number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads")
-    return number(r"Used (\d+) registers"), spilled
+        command = [str(program), "--dump-resource-usage", file.name]
+        log = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", log)
+    assert found is not None, log
+    return int(found[1]), int(found[2]) + int(found[3])
 
 
 def _of_amdgcn(code: str) -> tuple[int, int]:
@@ -168,12 +165,11 @@ def resources(job: Job) -> Resources:
     kernel = compiled(job)
     amd = job.target.startswith("gfx")
     code = kernel.asm["amdgcn" if amd else "ptx"]
-    registers, spilled = _of_amdgcn(code) if amd else _of_ptx(code, job.target)
+    registers, spilled = _of_amdgcn(code) if amd else _of_cubin(kernel.asm["cubin"])
     found = re.findall(TENSOR_CORES[job.target], code)
-    blocks = _blocks(job.kernel, job.dtype, job.precision)[job.blocks]
     return Resources(
         job.kernel,
-        str(blocks or ""),
+        configuration(job),
         job.dtype,
         job.precision,
         job.target,
@@ -198,7 +194,8 @@ def problems(row: Resources) -> Iterator[str]:
 
 
 def table(wanted: Iterable[Job], processes: int) -> list[Resources]:
-    with ProcessPoolExecutor(processes) as pool:
+    # Not forked: whoever calls may have threads.
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
         return list(pool.map(resources, wanted))
 
 

@@ -15,6 +15,8 @@ from robust_node_fast.kernels import euler_conv
 
 
 class Blocks(NamedTuple):
+    """Of a matrix product: rows, columns and terms at a time, warps, stages of the pipeline that loads ahead."""
+
     rows: int
     columns: int
     depth: int
@@ -25,34 +27,53 @@ class Blocks(NamedTuple):
         return f"{self.rows}x{self.columns}x{self.depth} w{self.warps} s{self.stages}"
 
 
-_CONVOLUTION = (
-    Blocks(128, 128, 32, 8, 3),
-    Blocks(128, 64, 32, 8, 3),
-    Blocks(64, 64, 32, 4, 3),
-    Blocks(128, 32, 32, 4, 3),
-    Blocks(64, 16, 16, 4, 2),
-)
-_CONVOLUTION_IEEE = (
-    Blocks(128, 64, 16, 8, 2),
-    Blocks(64, 64, 16, 8, 2),
-    Blocks(64, 32, 16, 4, 2),
-    Blocks(64, 16, 16, 4, 2),
-)
-_WEIGHT = (
-    Blocks(64, 64, 32, 4, 3),
-    Blocks(32, 32, 64, 4, 3),
-    Blocks(16, 16, 64, 4, 2),
-)
-_WEIGHT_IEEE = (
-    Blocks(64, 64, 16, 8, 2),
-    Blocks(32, 32, 32, 4, 2),
-    Blocks(16, 16, 32, 4, 2),
-)
-# Exact float32 products ("ieee") run without tensor cores and need more registers: they have blocks of their own.
+_CONVOLUTION = {
+    "16 bit": (
+        Blocks(128, 64, 64, 8, 3),
+        Blocks(64, 128, 32, 8, 3),
+        Blocks(64, 64, 32, 4, 3),
+        Blocks(128, 32, 64, 4, 3),
+        Blocks(128, 16, 32, 4, 3),
+    ),
+    "tf32": (
+        Blocks(128, 64, 32, 8, 3),
+        Blocks(64, 128, 32, 8, 3),
+        Blocks(64, 64, 32, 4, 3),
+        Blocks(128, 32, 32, 4, 3),
+        Blocks(128, 16, 32, 4, 3),
+    ),
+    # Exact products of float32 run without tensor cores on NVIDIA and keep both factors in registers.
+    "ieee": (
+        Blocks(128, 64, 16, 8, 2),
+        Blocks(64, 64, 16, 8, 2),
+        Blocks(64, 32, 16, 4, 2),
+        Blocks(64, 16, 16, 4, 2),
+    ),
+}
+# Rows and columns are input and output channels here; the sum runs over pixels.
+_WEIGHT_GRADIENT = {
+    "16 bit": (
+        Blocks(128, 64, 32, 8, 3),
+        Blocks(64, 64, 64, 8, 3),
+        Blocks(32, 32, 64, 4, 3),
+        Blocks(16, 16, 64, 4, 3),
+    ),
+    "tf32": (
+        Blocks(128, 64, 32, 8, 3),
+        Blocks(64, 64, 32, 8, 3),
+        Blocks(32, 32, 64, 4, 3),
+        Blocks(16, 16, 64, 4, 3),
+    ),
+    "ieee": (
+        Blocks(64, 64, 16, 8, 2),
+        Blocks(32, 32, 32, 4, 2),
+        Blocks(16, 16, 32, 4, 2),
+    ),
+}
 BLOCKS: dict[str, dict[str, tuple[Blocks, ...]]] = {
-    "euler_step": {"tensor cores": _CONVOLUTION, "ieee": _CONVOLUTION_IEEE},
-    "gradient_step": {"tensor cores": _CONVOLUTION, "ieee": _CONVOLUTION_IEEE},
-    "weight_gradient": {"tensor cores": _WEIGHT, "ieee": _WEIGHT_IEEE},
+    "euler_step": _CONVOLUTION,
+    "gradient_step": _CONVOLUTION,
+    "weight_gradient": _WEIGHT_GRADIENT,
 }
 ELEMENTS = 1024  # of a program of an element-wise kernel
 PENALTY = {"BLOCK_D": 16, "BLOCK_E": 128}  # output channels, and filter taps of all input channels, at a time

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import cycle, islice
 from typing import Any
 
@@ -44,18 +45,27 @@ def _launch(kernel: Any, grid: Grid, *args: Any, **constants: Any) -> None:
         kernel[grid](*args, **constants)
 
 
+@cache
+def _has_tf32(device: torch.device) -> bool:
+    """Of AMD's matrix cores, only those of the MI300 know TensorFloat-32."""
+    return torch.version.hip is None or "gfx942" in torch.cuda.get_device_properties(device).gcnArchName
+
+
 def _launch_convolution(name: str, grid: Grid, input: Tensor, *args: Any, kernel_size: int, **constants: Any) -> None:
     """One of the kernels of ``euler_conv`` with the fastest blocks."""
-    switch = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
-    exact = input.dtype == torch.float32 and (_EXACT or switch != "tf32")
+    if input.dtype != torch.float32:
+        products = "16 bit"
+    else:
+        switch = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+        products = "tf32" if switch == "tf32" and not _EXACT and _has_tf32(input.device) else "ieee"
     constants |= {"KERNEL": kernel_size, "WIDEN": _INTERPRETED and input.dtype == torch.bfloat16}
-    constants["PRECISION"] = "tf32" if input.dtype == torch.float32 and not exact else "ieee"
+    constants["PRECISION"] = "tf32" if products == "tf32" else "ieee"
     if _INTERPRETED:  # it cannot tune
         kernel = getattr(euler_conv, name)
         constants |= configs.constants(name, configs.INTERPRETED)
     else:
         width = min(128, triton.next_power_of_2(input.shape[1]))
-        kernel = configs.tuned(name, "ieee" if exact else "tensor cores", width)
+        kernel = configs.tuned(name, products, width)
     _launch(kernel, grid, input, *args, **constants)
 
 
