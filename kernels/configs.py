@@ -33,14 +33,14 @@ _CONVOLUTION = {
         Blocks(64, 128, 32, 8, 3),
         Blocks(64, 64, 32, 4, 3),
         Blocks(128, 32, 64, 4, 3),
-        Blocks(128, 16, 32, 4, 3),
+        Blocks(128, 16, 16, 4, 3),
     ),
     "tf32": (
         Blocks(128, 64, 32, 8, 3),
         Blocks(64, 128, 32, 8, 3),
         Blocks(64, 64, 32, 4, 3),
         Blocks(128, 32, 32, 4, 3),
-        Blocks(128, 16, 32, 4, 3),
+        Blocks(128, 16, 16, 4, 3),
     ),
     # Exact products of float32 run without tensor cores on NVIDIA and keep both factors in registers.
     "ieee": (
@@ -53,7 +53,7 @@ _CONVOLUTION = {
 # Rows and columns are input and output channels here; the sum runs over pixels.
 _WEIGHT_GRADIENT = {
     "16 bit": (
-        Blocks(128, 64, 32, 8, 3),
+        Blocks(64, 128, 32, 8, 3),
         Blocks(64, 64, 64, 8, 3),
         Blocks(32, 32, 64, 4, 3),
         Blocks(16, 16, 64, 4, 3),

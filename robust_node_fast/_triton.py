@@ -31,7 +31,7 @@ _INTERPRETED = knobs.runtime.interpret
 _SPLITS = 64  # of the pixels in a weight gradient, at most
 _PIXELS = 2048  # and at least so many in each
 
-Grid = Callable[[dict[str, Any]], tuple[int, ...]]
+Grid = Callable[[dict[str, Any]], tuple[Any, ...]]
 
 
 def _launch(kernel: Any, grid: Grid, *args: Any, **constants: Any) -> None:
@@ -73,7 +73,8 @@ def _strides(*tensors: Tensor) -> list[int]:
     return [stride for tensor in tensors for stride in tensor.stride()]
 
 
-def _blocks(length: int, block: int) -> int:
+def _blocks(length: Any, block: Any) -> Any:
+    """Integers, which may be symbolic."""
     return -(-length // block)
 
 
@@ -177,9 +178,13 @@ def _run_flow(
         source = state
 
 
-def _alternating(last: Tensor, n_steps: int, order: torch.memory_format) -> list[Tensor]:
-    """Where each step's state goes when only the last is wanted: two buffers in turn, in the kernels' own order."""
-    scratch = cycle([torch.empty_like(last, memory_format=order) for _ in range(min(2, n_steps - 1))])
+def _alternating(last: Tensor, n_steps: int) -> list[Tensor]:
+    """Where each step's state goes when only the last is wanted: two buffers in turn.
+
+    Channels last, in which neighbours of a block of channels are neighbours in memory, whatever the others are in.
+    """
+    count = min(2, n_steps - 1)
+    scratch = cycle([torch.empty_like(last, memory_format=torch.channels_last) for _ in range(count)])
     return [*islice(scratch, n_steps - 1), last]
 
 
@@ -198,7 +203,7 @@ def euler_conv_flow(
         states = list(output[1:].unbind(0))
     else:
         output = _layout.empty_state(input)
-        states = _alternating(output, n_steps, _layout.saved_format(input))
+        states = _alternating(output, n_steps)
     _run_flow(input, weight, bias, step_size, negative_slope, states, [None] * n_steps)
     return output
 
@@ -219,7 +224,7 @@ def euler_conv_flow_saving(
         kept[0].copy_(input)
         states = [*kept[1:].unbind(0), output]
     else:
-        states = _alternating(output, n_steps, _layout.saved_format(input))
+        states = _alternating(output, n_steps)
         copied = kept if save_states else None
     _run_flow(input, weight, bias, step_size, negative_slope, states, slopes.unbind(0), copied)
     return output, kept, slopes
@@ -231,7 +236,7 @@ class _FilterGradients:
     def __init__(self, v: Tensor, weight: Tensor, wants_weight: bool, wants_bias: bool) -> None:
         batch, channels, height, width = v.shape
         self.pixels = batch * height * width
-        self.splits = min(_SPLITS, _blocks(self.pixels, _PIXELS))
+        self.splits = torch.sym_min(_SPLITS, _blocks(self.pixels, _PIXELS))  # the batch may be symbolic
         self.shared, self.kernel_size = weight.dim() == 4, int(weight.shape[-1])
         banks = 1 if self.shared else weight.shape[0]
         of_weight, of_bias = (self.kernel_size**2, channels, channels), (channels,)
@@ -268,7 +273,7 @@ class _FilterGradients:
     def _launch(self, state: Tensor, v: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         batch, channels, height, width = v.shape
 
-        def grid(meta: dict[str, Any]) -> tuple[int, int]:
+        def grid(meta: dict[str, Any]) -> tuple[Any, ...]:
             blocks = _blocks(channels, meta["BLOCK_M"]) * _blocks(channels, meta["BLOCK_N"])
             return self.kernel_size**2 * blocks, self.splits
 
