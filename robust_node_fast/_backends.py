@@ -1,4 +1,4 @@
-"""Finds the compiled library once and decides, per op, device, dtype and kernel size, which implementation runs.
+"""Finds the compiled libraries once and decides, per op, device, dtype and kernel size, which implementation runs.
 
 Nothing above this file asks what device a tensor is on. Adding a back end is adding a ``Backend``.
 """
@@ -6,6 +6,7 @@ Nothing above this file asks what device a tensor is on. Adding a back end is ad
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import platform
 import warnings
@@ -41,18 +42,39 @@ class Backend:
     unavailable: str | None  # why it cannot be used at all, or None
     implementations: dict[str, Callable[..., Any]] = field(default_factory=dict)
     build_info: dict[str, Any] = field(default_factory=dict)
+    dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    module: str | None = None  # holds the implementations and is imported when first asked for one
 
     def refuses(self, call: Call) -> str | None:
         """Why this back end does not take the call, or ``None`` if it does."""
         if call.device not in self.devices:
             return f"serves {' and '.join(self.devices)} tensors, not {call.device}"
+        self.load()
         if self.unavailable is not None:
             return self.unavailable
+        if call.dtype not in self.dtypes:
+            return f"has no kernels for {str(call.dtype).removeprefix('torch.')}"
         if call.op not in self.implementations:
             return f"has no kernel for {call.op}"
         if call.kernel_size is not None and call.kernel_size not in (1, 3, 5):
             return f"has kernels for k in {{1, 3, 5}}, not {call.kernel_size}"
         return None
+
+    def load(self) -> None:
+        """Import what is imported late: Triton takes a second, which most processes never need to spend."""
+        if self.module is None or self.unavailable is not None:
+            return
+        try:
+            self.implementations = importlib.import_module(self.module).IMPLEMENTATIONS
+        except Exception as error:  # whatever is wrong with it, other implementations work
+            self.unavailable = f"cannot be imported ({type(error).__name__}: {error})"
+        self.module = None
+
+    def useless(self) -> str | None:
+        """Why this back end serves nothing on this machine, or ``None`` if it does."""
+        if self.unavailable is None and "cpu" not in self.devices and not torch.cuda.is_available():
+            return "no CUDA or ROCm device was found"
+        return self.unavailable
 
 
 def _load_cpu() -> Backend:
@@ -66,10 +88,17 @@ def _load_cpu() -> Backend:
     return Backend("cpu", ("cpu",), None, _cpu.IMPLEMENTATIONS, native.build_info())
 
 
+def _find_triton() -> Backend:
+    dtypes = (torch.float16, torch.bfloat16, torch.float32)
+    if importlib.util.find_spec("triton") is None:
+        return Backend("triton", ("cuda",), "Triton is not installed: pip install triton", dtypes=dtypes)
+    return Backend("triton", ("cuda",), None, dtypes=dtypes, module="robust_node_fast._triton")
+
+
 _BACKENDS: dict[str, Backend] = {
     "cpu": _load_cpu(),
     "cuda": Backend("cuda", ("cuda",), "this release has no CUDA C++ kernels"),
-    "triton": Backend("triton", ("cuda",), "this release has no Triton kernels"),
+    "triton": _find_triton(),
 }
 _REFERENCE: dict[str, Callable[..., Any]] = {}  # filled by _ops.py, which owns the contract
 _chosen = "auto"
@@ -97,6 +126,11 @@ def implementation(op: str, tensor: Tensor, kernel_size: int | None) -> Callable
             function = _loud_reference(call, why_not)
         _resolved[call] = function
         return function
+
+
+def is_traceable(op: str, tensor: Tensor, kernel_size: int | None) -> bool:
+    """Whether the op's implementation consists of what torch.compile can record: PyTorch ops and Triton kernels."""
+    return _resolve(Call(op, tensor.device.type, tensor.dtype, kernel_size))[0] == "triton"
 
 
 def _resolve(call: Call) -> tuple[str, dict[str, str]]:
@@ -154,8 +188,8 @@ def set_backend(name: str) -> None:
     global _chosen  # noqa: PLW0603  (one process, one choice)
     if name not in CHOICES:
         raise ValueError(f"backend={name!r} is unknown, expected one of {', '.join(map(repr, CHOICES))}")
-    if name in _BACKENDS and _BACKENDS[name].unavailable is not None:
-        raise RuntimeError(f"backend {name!r} cannot be used: {_BACKENDS[name].unavailable}")
+    if name in _BACKENDS and (reason := _BACKENDS[name].useless()) is not None:
+        raise RuntimeError(f"backend {name!r} cannot be used: {reason}")
     _chosen = name
     _resolved.clear()
 
@@ -175,7 +209,7 @@ def backend_info() -> dict[str, Any]:
         "backend": _chosen,
         "strict": os.environ.get("RNF_STRICT") == "1",
         "backends": {
-            name: {"available": backend.unavailable is None, "reason": backend.unavailable, **backend.build_info}
+            name: {"available": backend.useless() is None, "reason": backend.useless(), **backend.build_info}
             for name, backend in _BACKENDS.items()
         },
         "ops": ops,
