@@ -609,19 +609,14 @@ int main() {
   if (supported.find("amx") != std::string::npos) sets.push_back(&rnf::amx::kernels);
 #endif
   const rnf::FlowShape direct[] = {
-      shape(1, 1, 1, 1, 1, 1, false, L::best),
-      shape(2, 1, 1, 1, 3, 2, false, L::best),
-      shape(3, 2, 1, 7, 5, 2, true, L::best),
-      shape(2, 3, 5, 4, 3, 3, false, L::best),
-      shape(5, 4, 7, 7, 3, 2, true, L::best),
-      shape(2, 5, 3, 17, 5, 2, false, L::best),
-      shape(1, 8, 14, 14, 3, 2, false, L::best),
-      shape(4, 8, 8, 8, 1, 3, false, L::best),
-      shape(2, 9, 6, 31, 3, 2, false, L::best),
-      shape(1, 12, 20, 9, 3, 2, false, L::best),
-      shape(0, 3, 4, 4, 3, 2, false, L::best),
-      shape(2, 17, 5, 6, 3, 2, false, L::planes),
-      shape(0, 17, 4, 4, 3, 2, true, L::planes),
+      shape(1, 1, 1, 1, 1, 1, false, L::best),      shape(2, 1, 1, 1, 3, 2, false, L::best),
+      shape(3, 2, 1, 7, 5, 2, true, L::best),       shape(2, 3, 5, 4, 3, 3, false, L::best),
+      shape(5, 4, 7, 7, 3, 2, true, L::best),       shape(2, 5, 3, 17, 5, 2, false, L::best),
+      shape(1, 8, 14, 14, 3, 2, false, L::best),    shape(4, 8, 8, 8, 1, 3, false, L::best),
+      shape(2, 9, 6, 31, 3, 2, false, L::best),     shape(1, 12, 20, 9, 3, 2, false, L::best),
+      shape(0, 3, 4, 4, 3, 2, false, L::best),      shape(2, 17, 5, 6, 3, 2, false, L::planes),
+      shape(0, 17, 4, 4, 3, 2, true, L::planes),    shape(2, 64, 7, 5, 3, 2, false, L::planes),  // few pixels
+      shape(1, 96, 3, 3, 5, 1, false, L::best),     shape(3, 96, 2, 3, 1, 2, true, L::best),
       shape(1, 16, 31, 31, 3, 1, false, L::planes),  // large enough for all threads to share one sample
   };
   std::vector<rnf::FlowShape> shapes(std::begin(direct), std::end(direct));
