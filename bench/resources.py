@@ -39,7 +39,7 @@ POINTERS = (
     *("grad_output", "weight", "excess", "coefficients", "grad_weight", "grad_bias"),
 )
 FLOATS = ("step_size", "negative_slope", "rate", "a", "b", "scale")
-UNALIGNED = ("B", "H", "W", "pixels_per_split")  # integers that need not be multiples of 16
+UNALIGNED = ("B", "H", "W", "pixels_per_split")  # integers that are never known to be multiples of 16
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class Resources:
     configuration: str
     dtype: str
     precision: str
+    channels: str  # "multiple of 16" and side by side in memory, or "any" number at any stride
     target: str
     registers: int
     spilled_bytes: int
@@ -63,38 +64,41 @@ class Job(NamedTuple):
     blocks: int  # which ones
     dtype: str
     precision: str
+    channels: str
     target: str
 
 
-def _blocks(kernel: str, dtype: str, precision: str) -> tuple[Any, ...]:
+def _blocks(kernel: str, dtype: str, precision: str, channels: str) -> tuple[Any, ...]:
     """The block sizes of a convolution, those of the tuner; one None for every other kernel."""
     from robust_node_fast.kernels import configs
 
     if kernel in ELEMENTWISE:
         return (None,)
-    return configs.BLOCKS[kernel.split()[0]][precision if dtype == "fp32" else "16 bit"]
+    products = precision if dtype == "fp32" else "16 bit"
+    return configs.BLOCKS[kernel.split()[0]]["any channels" if channels == "any" else products]
 
 
 def configuration(job: Job) -> str:
-    return str(_blocks(job.kernel, job.dtype, job.precision)[job.blocks] or "")
+    return str(_blocks(job.kernel, job.dtype, job.precision, job.channels)[job.blocks] or "")
 
 
 def jobs() -> list[Job]:
     return [
-        Job(kernel, blocks, dtype, precision, target)
+        Job(kernel, blocks, dtype, precision, channels, target)
         for kernel in (*CONVOLUTIONS, *ELEMENTWISE)
         for dtype, precision in (PRODUCTS if kernel in CONVOLUTIONS else ELEMENTS)
-        for blocks in range(len(_blocks(kernel, dtype, precision)))
+        for channels in (("multiple of 16", "any") if kernel in CONVOLUTIONS else ("any",))
+        for blocks in range(len(_blocks(kernel, dtype, precision, channels)))
         for target in TARGETS
     ]
 
 
 def _function_and_constants(job: Job) -> tuple[Any, dict[str, Any], dict[str, int]]:
-    """What is compiled: 3x3 filters, channels-last tensors, every optional tensor present."""
+    """What is compiled: 3x3 filters, every optional tensor present."""
     from robust_node_fast.kernels import activation, configs, contraction_penalty, euler_conv
 
     name = job.kernel.split()[0]
-    blocks = _blocks(job.kernel, job.dtype, job.precision)[job.blocks]
+    blocks = _blocks(job.kernel, job.dtype, job.precision, job.channels)[job.blocks]
     if blocks is not None:
         constants = {**configs.constants(name, blocks), "KERNEL": 3, "PRECISION": job.precision, "WIDEN": False}
         if name == "weight_gradient":
@@ -122,9 +126,15 @@ def compiled(job: Job) -> Any:
     from triton.compiler import ASTSource
 
     function, constants, options = _function_and_constants(job)
-    constants |= {name: 1 for name in UNIT_STRIDES if name in function.arg_names}
+    vectors = job.channels != "any"
+    if vectors:
+        constants |= {name: 1 for name in UNIT_STRIDES if name in function.arg_names}
     signature = {name: "constexpr" if name in constants else _type(name, job) for name in function.arg_names}
-    aligned = [n for n, type_ in signature.items() if type_ not in ("constexpr", "fp32") and n not in UNALIGNED]
+    aligned = [
+        name
+        for name, type_ in signature.items()
+        if type_.startswith("*") or (vectors and type_ == "i32" and name not in UNALIGNED)
+    ]
     source = ASTSource(
         fn=function,
         signature=signature,
@@ -151,12 +161,14 @@ def _of_cubin(cubin: bytes) -> tuple[int, int]:
 
 
 def _of_amdgcn(code: str) -> tuple[int, int]:
+    """Registers and bytes of scratch memory. Scalars that move to lanes of vector registers touch no memory."""
+
     def number(name: str) -> int:
         found = re.search(rf"\.{name}:\s+(\d+)", code)
         assert found is not None, name
         return int(found[1])
 
-    return number("vgpr_count"), 4 * (number("vgpr_spill_count") + number("sgpr_spill_count"))
+    return number("vgpr_count"), number("private_segment_fixed_size")
 
 
 def resources(job: Job) -> Resources:
@@ -172,6 +184,7 @@ def resources(job: Job) -> Resources:
         configuration(job),
         job.dtype,
         job.precision,
+        job.channels,
         job.target,
         registers,
         spilled,
@@ -183,7 +196,7 @@ def resources(job: Job) -> Resources:
 
 def problems(row: Resources) -> Iterator[str]:
     """What must not be: spills, more shared memory than there is, low precision without tensor cores."""
-    name = f"{row.kernel} {row.configuration} {row.dtype} {row.precision} {row.target}"
+    name = f"{row.kernel} {row.configuration} {row.dtype} {row.precision} {row.channels} {row.target}"
     if row.spilled_bytes:
         yield f"{name}: {row.spilled_bytes} bytes spilled"
     if row.shared_bytes > SHARED_LIMIT[row.target]:

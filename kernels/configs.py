@@ -27,6 +27,10 @@ class Blocks(NamedTuple):
         return f"{self.rows}x{self.columns}x{self.depth} w{self.warps} s{self.stages}"
 
 
+# Channels in multiples of it, side by side in memory, are read and written as vectors. All others take an address each:
+# those need so many registers that large blocks would spill.
+VECTOR = 16
+
 _CONVOLUTION = {
     "16 bit": (
         Blocks(128, 64, 64, 8, 3),
@@ -46,6 +50,11 @@ _CONVOLUTION = {
     "ieee": (
         Blocks(128, 64, 16, 8, 2),
         Blocks(64, 64, 16, 8, 2),
+        Blocks(64, 32, 16, 4, 2),
+        Blocks(64, 16, 16, 4, 2),
+    ),
+    "any channels": (
+        Blocks(128, 32, 16, 8, 2),
         Blocks(64, 32, 16, 4, 2),
         Blocks(64, 16, 16, 4, 2),
     ),
@@ -69,6 +78,11 @@ _WEIGHT_GRADIENT = {
         Blocks(32, 32, 32, 4, 2),
         Blocks(16, 16, 32, 4, 2),
     ),
+    "any channels": (
+        Blocks(64, 64, 32, 8, 2),
+        Blocks(32, 32, 16, 4, 2),
+        Blocks(16, 16, 32, 4, 2),
+    ),
 }
 BLOCKS: dict[str, dict[str, tuple[Blocks, ...]]] = {
     "euler_step": _CONVOLUTION,
@@ -86,26 +100,26 @@ def constants(kernel: str, blocks: Blocks) -> dict[str, int]:
     return sizes if kernel == "weight_gradient" else {**sizes, "GROUP": 8}
 
 
-def of_width(kernel: str, products: str, channels: int) -> list[Blocks]:
+def serving(kernel: str, products: str, channels: int) -> list[Blocks]:
     """Without blocks that would mostly hold channels that are not there."""
     widest = max(16, triton.next_power_of_2(channels))
     return [
         blocks
-        for blocks in BLOCKS[kernel][products]
+        for blocks in BLOCKS[kernel][products if channels % VECTOR == 0 else "any channels"]
         if blocks.columns <= widest and (kernel != "weight_gradient" or blocks.rows <= widest)
     ]
 
 
 @cache
-def tuned(kernel: str, products: str, width: int) -> Any:
-    """The kernel with the configurations for ``width`` channels, of which the first call takes the fastest.
+def tuned(kernel: str, products: str, channels: int) -> Any:
+    """The kernel with the configurations for so many channels, of which the first call takes the fastest.
 
     Not ``prune_configs_by``: under torch.compile it loses ``reset_to_zero``, without which the runs of the tuner would
     add up in an atomic weight gradient.
     """
     configurations = [
         triton.Config(constants(kernel, blocks), num_warps=blocks.warps, num_stages=blocks.stages)
-        for blocks in of_width(kernel, products, width)
+        for blocks in serving(kernel, products, channels)
     ]
     reset = ["grad_weight", "grad_bias"] if kernel == "weight_gradient" else None
     return triton.autotune(configurations, key=["C", "KERNEL"], reset_to_zero=reset)(getattr(euler_conv, kernel))

@@ -13,11 +13,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from functools import cache
-from itertools import cycle, islice
+from itertools import cycle
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from triton import knobs
@@ -64,8 +63,7 @@ def _launch_convolution(name: str, grid: Grid, input: Tensor, *args: Any, kernel
         kernel = getattr(euler_conv, name)
         constants |= configs.constants(name, configs.INTERPRETED)
     else:
-        width = min(128, triton.next_power_of_2(input.shape[1]))
-        kernel = configs.tuned(name, products, width)
+        kernel = configs.tuned(name, products, int(input.shape[1]))
     _launch(kernel, grid, input, *args, **constants)
 
 
@@ -135,17 +133,22 @@ def _packed_transposed(weight: Tensor) -> Tensor:
     return _banks(weight).flip(3, 4).permute(0, 3, 4, 1, 2).flatten(1, 2).contiguous()
 
 
+def _usable(tensor: Tensor) -> bool:
+    """Whether the fast blocks can work on it: where they serve, on channels in multiples of 16, only channels last."""
+    return tensor.shape[1] % configs.VECTOR != 0 or tensor.is_contiguous(memory_format=torch.channels_last)
+
+
 def _run_flow(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     step_size: float,
     negative_slope: float,
-    states: Sequence[Tensor],
+    targets: Sequence[Tensor | None],
     slopes: Sequence[Tensor | None],
     kept: Tensor | None = None,
 ) -> None:
-    """``states[k]`` becomes the state after step k, ``slopes[k]`` that step's ``h s'(u)``.
+    """``targets[k]`` becomes the state after step k, unless it is None, and ``slopes[k]`` that step's ``h s'(u)``.
 
     ``kept[k]``, if given, becomes a copy of the state that enters step k.
     """
@@ -153,11 +156,16 @@ def _run_flow(
         return
     filters, biases = _packed(weight), None if bias is None else bias.contiguous().view(-1, bias.shape[-1])
     batch, channels, height, width = input.shape
-    source = input
-    for k, (state, slope) in enumerate(zip(states, slopes, strict=True)):
+    source = input if _usable(input) else input.contiguous(memory_format=torch.channels_last)
+    # States that nobody wants, or not as the kernels write them, go into two buffers in turn. Channels last: a block's
+    # channels are neighbours in memory.
+    spare = min(2, sum(target is None or not _usable(target) for target in targets))
+    scratch = cycle([torch.empty_like(input, memory_format=torch.channels_last) for _ in range(spare)])
+    for k, (target, slope) in enumerate(zip(targets, slopes, strict=True)):
         bank = 0 if weight.dim() == 4 else k
         if kept is not None:
             kept[k].copy_(source)
+        state = target if target is not None and _usable(target) else next(scratch)
         _launch_convolution(
             "euler_step",
             _grid(batch * height * width, channels),
@@ -175,17 +183,9 @@ def _run_flow(
             *_strides(source, state, state if slope is None else slope),
             kernel_size=int(weight.shape[-1]),
         )
+        if target is not None and target is not state:
+            target.copy_(state)
         source = state
-
-
-def _alternating(last: Tensor, n_steps: int) -> list[Tensor]:
-    """Where each step's state goes when only the last is wanted: two buffers in turn.
-
-    Channels last, in which neighbours of a block of channels are neighbours in memory, whatever the others are in.
-    """
-    count = min(2, n_steps - 1)
-    scratch = cycle([torch.empty_like(last, memory_format=torch.channels_last) for _ in range(count)])
-    return [*islice(scratch, n_steps - 1), last]
 
 
 def euler_conv_flow(
@@ -197,14 +197,15 @@ def euler_conv_flow(
     n_steps: int,
     return_trajectory: bool,
 ) -> Tensor:
+    targets: list[Tensor | None]
     if return_trajectory:
         output = _layout.empty_trajectory(input, n_steps + 1)
         output[0].copy_(input)
-        states = list(output[1:].unbind(0))
+        targets = [*output[1:].unbind(0)]
     else:
         output = _layout.empty_state(input)
-        states = _alternating(output, n_steps)
-    _run_flow(input, weight, bias, step_size, negative_slope, states, [None] * n_steps)
+        targets = [*[None] * (n_steps - 1), output]
+    _run_flow(input, weight, bias, step_size, negative_slope, targets, [None] * n_steps)
     return output
 
 
@@ -219,14 +220,12 @@ def euler_conv_flow_saving(
 ) -> tuple[Tensor, Tensor, Tensor]:
     output = _layout.empty_state(input)
     kept, slopes = _layout.empty_saved(input, n_steps, save_states, input.dtype)
-    copied = None
+    targets: list[Tensor | None] = [*[None] * (n_steps - 1), output]
+    copied = kept if save_states else None
     if save_states and kept.dtype == input.dtype:  # what is kept is what the steps read
-        kept[0].copy_(input)
-        states = [*kept[1:].unbind(0), output]
-    else:
-        states = _alternating(output, n_steps)
-        copied = kept if save_states else None
-    _run_flow(input, weight, bias, step_size, negative_slope, states, slopes.unbind(0), copied)
+        input = kept[0].copy_(input)
+        targets, copied = [*kept[1:].unbind(0), output], None
+    _run_flow(input, weight, bias, step_size, negative_slope, targets, slopes.unbind(0), copied)
     return output, kept, slopes
 
 
@@ -334,13 +333,14 @@ def euler_conv_flow_backward(
     grads = cycle([torch.empty_like(v) for _ in range(min(2, n_steps - 1))])
     others = cycle([torch.empty_like(v) if n_steps > 1 else v, v])
     result = _layout.empty_state(input) if wants_input else input.new_empty(0)
+    last = result if not wants_input or _usable(result) else torch.empty_like(v)
     sums = _FilterGradients(v, weight, wants_weight, wants_bias)
     filters = _packed_transposed(weight)
     for k in reversed(range(n_steps)):
         sums.add(k, states[k].to(input.dtype) if wants_weight and states is not None else None, v)
         if input.numel() == 0 or (k == 0 and not wants_input):
             continue
-        below, v_below = (next(grads), next(others)) if k else (result, None)
+        below, v_below = (next(grads), next(others)) if k else (last, None)
         _launch_convolution(
             "gradient_step",
             _grid(batch * height * width, channels),
@@ -360,7 +360,7 @@ def euler_conv_flow_backward(
         )
         if v_below is not None:
             grad, v = below, v_below
-    return result, *sums.results(weight)
+    return result if last is result else result.copy_(last), *sums.results(weight)
 
 
 def euler_conv_step(
