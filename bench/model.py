@@ -10,8 +10,9 @@ Everything it prints is predicted, nothing measured. What goes in:
   write;
 - registers and shared memory of every configuration (``bench/results/triton_resources.csv``), from which follow the
   blocks that a multiprocessor holds, and with them how evenly the last wave of blocks fills the card;
-- two assumptions: a stream reaches ``STREAM`` of the data sheet's bandwidth, and products, on tensor cores or not,
-  reach ``PRODUCT`` of their peak on a multiprocessor that is at work.
+- three assumptions: a stream reaches ``STREAM`` of the data sheet's bandwidth, reading again from the L2 cache (each tap
+  of the filter reads its pixels again, each block the filters) ``CACHE`` of its peak, and products, on tensor cores or
+  not, ``PRODUCT`` of their peak on a multiprocessor that is at work.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from .resources import Resources, read
 
 RESULTS = RESOURCES.with_name("gpu_model.csv")
 STREAM = 0.85
+CACHE = 0.65
 PRODUCT = 0.65
 LAUNCH = 2.5e-6  # seconds between two kernels of a stream
 
@@ -45,7 +47,7 @@ class Card:
     tf32: float
     float32: float  # without tensor cores
     bandwidth: float
-    l2_bandwidth: float  # published measurements, not data sheets: about 2.5 to 3 times the memory's
+    l2_bandwidth: float  # 64 bytes a cycle for each multiprocessor; MI300X: the Infinity Cache's
     l2: int
     shared: int  # of a multiprocessor
     registers: int = 65536
@@ -55,9 +57,9 @@ class Card:
 
 
 CARDS = (
-    Card("A100 80GB SXM", "sm_80", 108, 312e12, 156e12, 19.5e12, 2.04e12, 5.1e12, 40 << 20, 164 << 10, clock=1.41e9),
-    Card("H100 SXM", "sm_90", 132, 989e12, 494e12, 67e12, 3.35e12, 7.5e12, 50 << 20, 228 << 10, clock=1.83e9),
-    Card("H200 SXM", "sm_90", 132, 989e12, 494e12, 67e12, 4.8e12, 7.5e12, 50 << 20, 228 << 10, clock=1.83e9),
+    Card("A100 80GB SXM", "sm_80", 108, 312e12, 156e12, 19.5e12, 2.04e12, 9.7e12, 40 << 20, 164 << 10, clock=1.41e9),
+    Card("H100 SXM", "sm_90", 132, 989e12, 494e12, 67e12, 3.35e12, 15.5e12, 50 << 20, 228 << 10, clock=1.83e9),
+    Card("H200 SXM", "sm_90", 132, 989e12, 494e12, 67e12, 4.8e12, 15.5e12, 50 << 20, 228 << 10, clock=1.83e9),
     Card(
         "MI300X",
         "gfx942",
@@ -66,7 +68,7 @@ CARDS = (
         654e12,
         163e12,
         5.3e12,
-        12e12,
+        17e12,
         256 << 20,
         64 << 10,
         131072,
@@ -192,16 +194,19 @@ def product_kernel(
     dtype = "bfloat16" if itemsize == 2 else "float32"
     return {
         "memory": itemsize * kernel.states * shape.state(batch) / (STREAM * card.bandwidth),
-        "L2": reread / (STREAM * card.l2_bandwidth),
+        "L2": reread / (CACHE * card.l2_bandwidth),
         "products": 2.0 * covered / (PRODUCT * peak(card, dtype) * even),
         "launches": LAUNCH,
     }
 
 
 def plain_kernel(card: Card, shape: Shape, batch: int, itemsize: int, kernel: Kernel) -> dict[str, float]:
-    """The same of one of PyTorch's: its convolutions are taken to be as good as PRODUCT, for any number of channels."""
+    """The same of one of PyTorch's: its convolutions are taken to have blocks of 128 x 128 that fit and fill any card."""
     dtype = "bfloat16" if itemsize == 2 else "float32"
+    pixels, channels = batch * shape.size**2, shape.channels
+    reread = itemsize * 9.0 * channels * (pixels * math.ceil(channels / 128) + math.ceil(pixels / 128) * channels)
     return {
+        "L2": kernel.convolutions * reread / (CACHE * card.l2_bandwidth),
         "memory": itemsize * kernel.states * shape.state(batch) / (STREAM * card.bandwidth),
         "products": kernel.convolutions * shape.operations(batch) / (PRODUCT * peak(card, dtype)),
         "launches": LAUNCH,
@@ -262,7 +267,7 @@ def in_shared_memory(card: Card, shape: Shape, batch: int, mode: str) -> tuple[f
     in_l2 = kept * min(batch, card.multiprocessors * resident) <= card.l2
     cost = {
         "memory": (4 * numbers * shape.state(batch) + (0 if in_l2 else 2 * kept * batch)) / (STREAM * card.bandwidth),
-        "L2": 2 * kept * batch / (STREAM * card.l2_bandwidth),
+        "L2": 2 * kept * batch / (CACHE * card.l2_bandwidth),
         "products": waves * resident * cycles / (PRODUCT * card.clock),
         "launches": LAUNCH * (1 if mode == "forward" else 3),
     }

@@ -33,6 +33,7 @@ VECTOR = 16
 
 _CONVOLUTION = {
     "16 bit": (
+        Blocks(128, 128, 64, 8, 3),
         Blocks(128, 64, 64, 8, 3),
         Blocks(64, 128, 32, 8, 3),
         Blocks(64, 64, 32, 4, 3),

@@ -71,6 +71,36 @@ def convolve(
 
 
 @triton.jit
+def finish_step(u, rows, columns, pointers, sizes, strides, step_size, negative_slope):
+    """What an Euler step does with the sums of its convolution."""
+    input, bias, output, slopes = pointers
+    B, C, H, W = sizes
+    of_input, of_output, of_slopes = strides
+    if bias is not None:
+        u += tl.load(bias + columns, mask=columns < C, other=0.0).to(tl.float32)[None, :]
+    value, slope = activation(u, negative_slope)
+    b, y, x = pixel_of(rows, H, W)
+    mask = (rows < B * H * W)[:, None] & (columns < C)[None, :]
+    if slopes is not None:  # first, so that their registers are free for the state
+        target = slopes + places(b, y, x, columns, of_slopes[0], of_slopes[1], of_slopes[2], of_slopes[3])
+        tl.store(target, (step_size * slope).to(slopes.dtype.element_ty), mask=mask)
+    source = input + places(b, y, x, columns, of_input[0], of_input[1], of_input[2], of_input[3])
+    state = tl.load(source, mask=mask, other=0.0).to(tl.float32)
+    target = output + places(b, y, x, columns, of_output[0], of_output[1], of_output[2], of_output[3])
+    tl.store(target, (state + step_size * value).to(output.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def finish_halves(u, rows, first_column, pointers, sizes, strides, step_size, negative_slope):
+    """The same for one half of the channels after the other: together they would not fit into the registers."""
+    HALF: tl.constexpr = u.shape[1] // 2
+    left, right = u.reshape(u.shape[0], 2, HALF).permute(0, 2, 1).split()
+    columns = first_column + tl.arange(0, HALF)
+    finish_step(left, rows, columns, pointers, sizes, strides, step_size, negative_slope)
+    finish_step(right, rows, columns + HALF, pointers, sizes, strides, step_size, negative_slope)
+
+
+@triton.jit
 def euler_step(
     input, filters, bias, output, slopes, step_size, negative_slope, B, C, H, W,
     in_batch, in_channel, in_line, in_column, out_batch, out_channel, out_line, out_column,
@@ -88,18 +118,19 @@ def euler_step(
         input, filters, rows, columns, B, C, H, W, in_batch, in_channel, in_line, in_column,
         BLOCK_M, BLOCK_N, BLOCK_K, KERNEL, PRECISION, WIDEN,
     )  # fmt: skip
-    if bias is not None:
-        u += tl.load(bias + columns, mask=columns < C, other=0.0).to(tl.float32)[None, :]
-    value, slope = activation(u, negative_slope)
-    b, y, x = pixel_of(rows, H, W)
-    mask = (rows < B * H * W)[:, None] & (columns < C)[None, :]
-    source = input + places(b, y, x, columns, in_batch, in_channel, in_line, in_column)
-    state = tl.load(source, mask=mask, other=0.0).to(tl.float32)
-    target = output + places(b, y, x, columns, out_batch, out_channel, out_line, out_column)
-    tl.store(target, (state + step_size * value).to(output.dtype.element_ty), mask=mask)
-    if slopes is not None:
-        target = slopes + places(b, y, x, columns, slope_batch, slope_channel, slope_line, slope_column)
-        tl.store(target, (step_size * slope).to(slopes.dtype.element_ty), mask=mask)
+    pointers, sizes = (input, bias, output, slopes), (B, C, H, W)
+    strides = (
+        (in_batch, in_channel, in_line, in_column),
+        (out_batch, out_channel, out_line, out_column),
+        (slope_batch, slope_channel, slope_line, slope_column),
+    )
+    if BLOCK_M * BLOCK_N < 128 * 128:
+        finish_step(u, rows, columns, pointers, sizes, strides, step_size, negative_slope)
+    else:
+        HALF: tl.constexpr = BLOCK_N // 2
+        left, right = u.reshape(BLOCK_M, 2, HALF).permute(0, 2, 1).split()
+        finish_halves(left, rows, first_column, pointers, sizes, strides, step_size, negative_slope)
+        finish_halves(right, rows, first_column + HALF, pointers, sizes, strides, step_size, negative_slope)
 
 
 @triton.jit
