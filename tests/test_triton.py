@@ -15,8 +15,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import aot_export_joint_simple
 from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import robust_node_fast as rnf
 from robust_node_fast import _backends
@@ -159,6 +161,26 @@ def test_deterministic_mode_adds_nothing_atomically(pretended_device: FakeTensor
         torch.use_deterministic_algorithms(False)
     atomic = [arguments["ATOMIC"] for name, arguments in found if name == "weight_gradient"]
     assert atomic == [not deterministic] * 3
+
+
+def test_one_graph_of_launches_serves_all_batch_sizes(pretended_device: FakeTensorMode) -> None:
+    graphs = []
+
+    def keep(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(backward, backend=aot_autograd(fw_compiler=keep), fullgraph=True)
+    with torch.no_grad(), FakeTensorMode(shape_env=ShapeEnv()):
+        weight, bias = torch.empty(WEIGHT, device="cuda"), torch.empty(BIAS, device="cuda")
+        for batch in (4, 8, 20, 100):
+            state = torch.empty(batch, 16, 28, 28, device="cuda")
+            torch._dynamo.mark_dynamic(state, 0)
+            grads = compiled(state, state, weight, bias)
+            assert [grad.shape for grad in grads] == [state.shape, weight.shape, bias.shape]
+    assert len(graphs) == 1
+    assert sum("triton_kernel_wrapper" in str(node.target) for node in graphs[0].graph.nodes) == 9
 
 
 def test_the_reference_stays_one_op_in_the_graph(pretended_device: FakeTensorMode) -> None:
