@@ -128,9 +128,12 @@ def implementation(op: str, tensor: Tensor, kernel_size: int | None) -> Callable
         return function
 
 
-def is_traceable(op: str, tensor: Tensor, kernel_size: int | None) -> bool:
+def is_traceable(op: str, tensor: Tensor, kernel_size: int | torch.SymInt | None) -> bool:
     """Whether the op's implementation consists of what torch.compile can record: PyTorch ops and Triton kernels."""
-    return _resolve(Call(op, tensor.device.type, tensor.dtype, kernel_size))[0] == "triton"
+    if tensor.device.type not in _BACKENDS["triton"].devices:  # and a symbolic size stays so
+        return False
+    size = None if kernel_size is None else int(kernel_size)
+    return _resolve(Call(op, tensor.device.type, tensor.dtype, size))[0] == "triton"
 
 
 def _resolve(call: Call) -> tuple[str, dict[str, str]]:

@@ -244,8 +244,9 @@ def _seen_through(name: str) -> Callable[..., Any]:
             or not _backends.is_traceable(name, args[data], kernel_size)
         ):
             return mode.__torch_dispatch__(op, types, args, kwargs)
+        size = None if kernel_size is None else int(kernel_size)  # a kernel is compiled for it
         with mode:
-            return _backends.implementation(name, args[data], kernel_size)(*args)
+            return _backends.implementation(name, args[data], size)(*args)
 
     return rule
 

@@ -133,6 +133,11 @@ def _packed_transposed(weight: Tensor) -> Tensor:
     return _banks(weight).flip(3, 4).permute(0, 3, 4, 1, 2).flatten(1, 2).contiguous()
 
 
+def _each(tensors: Tensor) -> list[Tensor]:
+    """One by one. Not ``unbind``: what torch.compile makes of writing to its results depends on the batch size."""
+    return [tensors[k] for k in range(tensors.shape[0])]
+
+
 def _usable(tensor: Tensor) -> bool:
     """Whether the fast blocks can work on it: where they serve, on channels in multiples of 16, only channels last."""
     return tensor.shape[1] % configs.VECTOR != 0 or tensor.is_contiguous(memory_format=torch.channels_last)
@@ -201,7 +206,7 @@ def euler_conv_flow(
     if return_trajectory:
         output = _layout.empty_trajectory(input, n_steps + 1)
         output[0].copy_(input)
-        targets = [*output[1:].unbind(0)]
+        targets = [*_each(output)[1:]]
     else:
         output = _layout.empty_state(input)
         targets = [*[None] * (n_steps - 1), output]
@@ -224,8 +229,8 @@ def euler_conv_flow_saving(
     copied = kept if save_states else None
     if save_states and kept.dtype == input.dtype:  # what is kept is what the steps read
         input = kept[0].copy_(input)
-        targets, copied = [*kept[1:].unbind(0), output], None
-    _run_flow(input, weight, bias, step_size, negative_slope, targets, slopes.unbind(0), copied)
+        targets, copied = [*_each(kept)[1:], output], None
+    _run_flow(input, weight, bias, step_size, negative_slope, targets, _each(slopes), copied)
     return output, kept, slopes
 
 

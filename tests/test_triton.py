@@ -15,8 +15,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import aot_export_joint_simple
 from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import robust_node_fast as rnf
 from robust_node_fast import _backends
@@ -52,8 +54,10 @@ def pretended_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorMode
     _backends._resolved.clear()
 
 
-def launches(mode: FakeTensorMode, function: Callable[..., Any], *shapes: tuple[int, ...]) -> Counter[str]:
-    """How often each kernel is launched in the graph that AOTAutograd gives to Inductor."""
+def launches(
+    mode: FakeTensorMode, function: Callable[..., Any], *shapes: tuple[int, ...], dtype: torch.dtype = torch.float32
+) -> list[tuple[str, dict[str, Any]]]:
+    """Name and arguments of each launch in the graph that AOTAutograd gives to Inductor."""
     from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 
     def call(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -61,15 +65,17 @@ def launches(mode: FakeTensorMode, function: Callable[..., Any], *shapes: tuple[
         return (results,) if isinstance(results, Tensor) else tuple(results)
 
     with mode:
-        tensors = [torch.empty(shape, device="cuda") for shape in shapes]
+        tensors = [torch.empty(shape, device="cuda", dtype=dtype) for shape in shapes]
     graph = aot_export_joint_simple(call, tensors, trace_joint=False).graph
-    found = Counter()
+    found = []
     for node in graph.nodes:
         if node.op == "call_function":
             assert "robust_node_fast" not in str(node.target), f"{node.target} is opaque"
             if node.target is torch.ops.higher_order.triton_kernel_wrapper_functional:
                 kernel = kernel_side_table.get_kernel(node.kwargs["kernel_idx"])
-                found[getattr(kernel, "base_fn", kernel.fn).__name__] += 1
+                constants = kernel_side_table.get_constant_args(node.kwargs["constant_args_idx"])
+                name = getattr(kernel, "base_fn", kernel.fn).__name__
+                found.append((name, {**constants, **node.kwargs["kwargs"]}))
     return found
 
 
@@ -93,7 +99,10 @@ def test_compile_sees_the_launches_of_every_op(pretended_device: FakeTensorMode)
         "activation": (lambda x: OPS.smooth_leaky_relu(x, 0.1), (STATE,)),
         "activation's gradient": (lambda g, x: OPS.smooth_leaky_relu_backward(g, x, 0.1), (STATE, STATE)),
     }
-    found = {name: dict(launches(pretended_device, function, *shapes)) for name, (function, shapes) in seen.items()}
+    found = {
+        name: dict(Counter(kernel for kernel, _ in launches(pretended_device, function, *shapes)))
+        for name, (function, shapes) in seen.items()
+    }
     assert found == {
         "flow": {"euler_step": 3},
         "trajectory": {"euler_step": 3},
@@ -105,6 +114,73 @@ def test_compile_sees_the_launches_of_every_op(pretended_device: FakeTensorMode)
         "activation": {"smooth_leaky_relu": 1},
         "activation's gradient": {"smooth_leaky_relu_backward": 1},
     }
+
+
+def backward(g: Tensor, x: Tensor, w: Tensor, b: Tensor) -> Any:
+    return OPS.euler_conv_flow_backward(g, x, w, b, 0.1, 0.1, 3, False, [True] * 3)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "switch", "exact", "expected"),
+    [
+        (torch.float32, "tf32", False, "tf32"),
+        (torch.float32, "ieee", False, "ieee"),
+        (torch.float32, "tf32", True, "ieee"),
+        (torch.bfloat16, "tf32", False, "ieee"),  # of bfloat16 factors: products and sums in float32
+    ],
+)
+def test_precision_of_the_products(
+    pretended_device: FakeTensorMode,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    switch: str,
+    exact: bool,
+    expected: str,
+) -> None:
+    from robust_node_fast import _triton
+
+    monkeypatch.setattr(_triton, "_EXACT", exact)  # RNF_PRECISION=exact
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = switch
+    try:
+        found = launches(pretended_device, backward, STATE, STATE, WEIGHT, BIAS, dtype=dtype)
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before
+    assert {(name, arguments["PRECISION"]) for name, arguments in found} == {
+        (name, expected) for name in ("euler_step", "gradient_step", "weight_gradient")
+    }
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_deterministic_mode_adds_nothing_atomically(pretended_device: FakeTensorMode, deterministic: bool) -> None:
+    large = (8, 16, 28, 28)
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        found = launches(pretended_device, backward, large, large, WEIGHT, BIAS)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    atomic = [arguments["ATOMIC"] for name, arguments in found if name == "weight_gradient"]
+    assert atomic == [not deterministic] * 3
+
+
+def test_one_graph_of_launches_serves_all_batch_sizes(pretended_device: FakeTensorMode) -> None:
+    graphs = []
+
+    def keep(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(backward, backend=aot_autograd(fw_compiler=keep), fullgraph=True)
+    with torch.no_grad(), FakeTensorMode(shape_env=ShapeEnv()):
+        weight, bias = torch.empty(WEIGHT, device="cuda"), torch.empty(BIAS, device="cuda")
+        for batch in (4, 8, 20, 100):
+            state = torch.empty(batch, 16, 28, 28, device="cuda")
+            torch._dynamo.mark_dynamic(state, 0)
+            grads = compiled(state, state, weight, bias)
+            assert [grad.shape for grad in grads] == [state.shape, weight.shape, bias.shape]
+    assert len(graphs) == 1
+    assert sum("triton_kernel_wrapper" in str(node.target) for node in graphs[0].graph.nodes) == 9
 
 
 def test_the_reference_stays_one_op_in_the_graph(pretended_device: FakeTensorMode) -> None:
