@@ -10,7 +10,7 @@ namespace rnf::cuda {
 
 // The filters of one step as (groups, input channels, k, k, kGroup). kTranspose: those of the gradient, which takes
 // output channels to input channels and looks the other way.
-template <int K, int kGroup, bool kTranspose>
+template <int K, bool kTranspose>
 __device__ __forceinline__ void load_filters(const Geometry& g, const float* __restrict__ weight, float* filters) {
   constexpr int kTaps = K * K;
   for (int i = threadIdx.x; i < g.filters; i += blockDim.x) {
@@ -27,16 +27,16 @@ __device__ __forceinline__ void load_filters(const Geometry& g, const float* __r
 // count.
 struct Item {
   int group, channel, row, column;
-  __device__ __forceinline__ Item(const Geometry& g, int index, int group_size) {
+  __device__ __forceinline__ Item(const Geometry& g, int index) {
     const int line = g.by_width.quotient(index);
     group = g.by_strips.quotient(line);
-    channel = group * group_size;
+    channel = group * kGroup;
     row = (line - group * g.strips) * kStripRows;
     column = index - line * g.width;
   }
 };
 
-template <int K, int kGroup>
+template <int K>
 struct Convolution {
   float sum[kStripRows][kGroup];
 
@@ -93,12 +93,12 @@ struct Convolution {
 };
 
 // next = z + h s(conv(z) + bias), and h s' of the same to `slopes` if there is such a place.
-template <int K, int kGroup>
+template <int K>
 __device__ __forceinline__ void euler_step(const Geometry& g, const Activation& activation, const float* filters,
                                            const float* bias, const float* z, float* next, const View<float>& slopes) {
   for (int index = threadIdx.x; index < g.items; index += blockDim.x) {
-    const Item item(g, index, kGroup);
-    Convolution<K, kGroup> convolution(g, item, bias);
+    const Item item(g, index);
+    Convolution<K> convolution(g, item, bias);
     convolution.add(g, item, z, filters);
     convolution.for_each(g, item, [&](float u, int channel, int row) {
       const float t = Activation::exp_of_minus_abs(u);

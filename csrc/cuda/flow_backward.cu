@@ -40,7 +40,7 @@ Views<float> per_block(const Geometry& g, const Workspace& w, float* data) {
 }
 
 // p.states and p.slopes are the workspace's unless `saved`.
-template <int K, int kGroup, bool kWeights>
+template <int K, bool kWeights>
 __global__ void __launch_bounds__(kMostThreads, 1)
     flow_backward_kernel(const Geometry g, const FlowBackward p, const bool saved, const Workspace w,
                          float* workspace) {
@@ -61,11 +61,11 @@ __global__ void __launch_bounds__(kMostThreads, 1)
       load_state(g, of_sample(p.input, sample), z);
       for (int64_t k = 0; k < steps; ++k) {
         const int64_t n = p.shape.shared ? 0 : k;
-        if (k == 0 || !p.shape.shared) load_filters<K, kGroup, false>(g, p.weight + n * bank, shared.filters);
+        if (k == 0 || !p.shape.shared) load_filters<K, false>(g, p.weight + n * bank, shared.filters);
         __syncthreads();  // z and filters are there
         if (kWeights) store_state(g, z, of_sample(of_step(p.states, k), place));
         const float* const bias = p.bias != nullptr ? p.bias + n * g.channels : nullptr;
-        euler_step<K, kGroup>(g, activation, shared.filters, bias, z, next, of_sample(of_step(p.slopes, k), place));
+        euler_step<K>(g, activation, shared.filters, bias, z, next, of_sample(of_step(p.slopes, k), place));
         __syncthreads();  // next is there, z and filters are free
         float* const swap = z;
         z = next;
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
       const int64_t n = p.shape.shared ? 0 : k;
       const bool last = k + 1 == steps, through = k > 0 || wants_input;
       if (!last) __syncthreads();  // grad is there; v, z and filters are free
-      if (through) load_filters<K, kGroup, true>(g, p.weight + n * bank, shared.filters);
+      if (through) load_filters<K, true>(g, p.weight + n * bank, shared.filters);
       const View<float> slope = of_sample(of_step(p.slopes, k), place);
       const View<const float> upstream = of_sample(of_step(p.grad_output, p.trajectory ? k + 1 : 0), sample);
       for_each_element(g, slope, [&](int c, int row, int column) {
@@ -92,8 +92,8 @@ __global__ void __launch_bounds__(kMostThreads, 1)
       if (kWeights) load_state(g, of_sample(of_step(p.states, k), place), shared.second);
       __syncthreads();  // v, z and filters are there
       for (int index = threadIdx.x; index < g.items && through; index += blockDim.x) {
-        const Item item(g, index, kGroup);
-        Convolution<K, kGroup> convolution(g, item, nullptr);
+        const Item item(g, index);
+        Convolution<K> convolution(g, item, nullptr);
         convolution.add(g, item, v, shared.filters);
         convolution.for_each(g, item,
                              [&](float sum, int channel, int row) { grad[g.at(channel, row, item.column)] += sum; });
@@ -134,10 +134,10 @@ __global__ void __launch_bounds__(kWarp* kTerms)
 // Calls body(kernel) with the kernel for p.
 template <class Body>
 cudaError_t with_kernel(const FlowBackward& p, const Body& body) {
-  return with_constants(p.shape, [&](auto kernel, auto group) {
-    constexpr int kKernel = decltype(kernel)::value, kGroup = decltype(group)::value;
-    return p.grad_weight != nullptr ? body(flow_backward_kernel<kKernel, kGroup, true>)
-                                    : body(flow_backward_kernel<kKernel, kGroup, false>);
+  return with_kernel_size(p.shape, [&](auto kernel) {
+    constexpr int kKernel = decltype(kernel)::value;
+    return p.grad_weight != nullptr ? body(flow_backward_kernel<kKernel, true>)
+                                    : body(flow_backward_kernel<kKernel, false>);
   });
 }
 

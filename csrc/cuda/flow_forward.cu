@@ -8,7 +8,7 @@
 namespace rnf::cuda {
 namespace {
 
-template <int K, int kGroup>
+template <int K>
 __global__ void __launch_bounds__(kMostThreads) flow_forward_kernel(const Geometry g, const FlowForward p) {
   const SharedMemory shared(g);
   const Activation activation{p.negative_slope, p.step_size};
@@ -20,13 +20,13 @@ __global__ void __launch_bounds__(kMostThreads) flow_forward_kernel(const Geomet
   load_state(g, of_sample(p.input, sample), z);
   for (int64_t k = 0; k < p.shape.steps; ++k) {
     const int64_t n = p.shape.shared ? 0 : k;
-    if (k == 0 || !p.shape.shared) load_filters<K, kGroup, false>(g, p.weight + n * bank, shared.filters);
+    if (k == 0 || !p.shape.shared) load_filters<K, false>(g, p.weight + n * bank, shared.filters);
     __syncthreads();  // z and filters are there
     if (p.trajectory) store_state(g, z, of_sample(of_step(p.output, k), sample));
     if (p.states.first.data != nullptr) store_state(g, z, of_sample(of_step(p.states, k), sample));
     const View<float> slopes = p.slopes.first.data != nullptr ? of_sample(of_step(p.slopes, k), sample) : View<float>{};
     const float* const bias = p.bias != nullptr ? p.bias + n * g.channels : nullptr;
-    euler_step<K, kGroup>(g, activation, shared.filters, bias, z, next, slopes);
+    euler_step<K>(g, activation, shared.filters, bias, z, next, slopes);
     __syncthreads();  // next is there, z and filters are free
     float* const swap = z;
     z = next;
@@ -56,10 +56,9 @@ cudaError_t flow_forward(const FlowForward& p, cudaStream_t stream) {
   if (flow_shared_bytes(p.shape) == 0) return cudaErrorInvalidValue;
   if (p.shape.batch == 0) return cudaSuccess;
   const Geometry g = Geometry::of(p.shape);
-  return with_constants(p.shape, [&](auto kernel, auto group) {
-    return launch(flow_forward_kernel<decltype(kernel)::value, decltype(group)::value>,
-                  dim3(static_cast<unsigned>(p.shape.batch)), dim3(static_cast<unsigned>(g.threads)), g.shared_bytes(),
-                  stream, g, p);
+  return with_kernel_size(p.shape, [&](auto kernel) {
+    return launch(flow_forward_kernel<decltype(kernel)::value>, dim3(static_cast<unsigned>(p.shape.batch)),
+                  dim3(static_cast<unsigned>(g.threads)), g.shared_bytes(), stream, g, p);
   });
 }
 

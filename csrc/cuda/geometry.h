@@ -17,12 +17,12 @@ namespace rnf::cuda {
 constexpr int kMostThreads = 512;    // leaves each thread 128 registers
 constexpr int kFewestThreads = 128;  // gradients of the filters share work in another way than convolutions do
 constexpr int64_t kMostChannels = 32;
-constexpr int kStripRows =
-    4;  // a thread's share of a convolution: as many pixels below each other, a group of channels
+constexpr int kStripRows = 4;  // a thread's share of a convolution: as many pixels below each other
+constexpr int kGroup = 8;      // of as many channels
 
 struct Geometry {
   int channels, height, width;
-  int group, groups, strips;  // output channels a thread computes; how many groups and strips there are
+  int groups, strips;
   int padding, pitch, plane, state;
   int filters;  // of one step, with zeros for the channels that the last group lacks
   int items, threads;
@@ -34,12 +34,12 @@ struct Geometry {
     const int kernel = static_cast<int>(s.kernel);
     g.channels = static_cast<int>(s.channels), g.height = static_cast<int>(s.height);
     g.width = static_cast<int>(s.width);
-    g.group = g.channels <= 4 ? 4 : 8, g.groups = (g.channels + g.group - 1) / g.group;
+    g.groups = (g.channels + kGroup - 1) / kGroup;
     g.strips = (g.height + kStripRows - 1) / kStripRows;
     g.padding = kernel / 2, g.pitch = g.width + 2 * g.padding;
     g.plane = (g.strips * kStripRows + 2 * g.padding) * g.pitch | 1;
     g.state = g.channels * g.plane;
-    g.filters = g.groups * g.group * g.channels * kernel * kernel;
+    g.filters = g.groups * kGroup * g.channels * kernel * kernel;
     g.items = g.groups * g.strips * g.width;
     const int passes = (g.items + kMostThreads - 1) / kMostThreads;
     g.threads = (((g.items + passes - 1) / passes) + 31) / 32 * 32;
@@ -55,20 +55,16 @@ struct Geometry {
   }
 };
 
-// Calls body(k, group) with both as types, and returns what it returns.
+// Calls body(k) with k as a type, and returns what it returns.
 template <class Body>
-cudaError_t with_constants(const FlowShape& shape, const Body& body) {
-  const auto with_group = [&](auto kernel) {
-    return Geometry::of(shape).group == 4 ? body(kernel, std::integral_constant<int, 4>{})
-                                          : body(kernel, std::integral_constant<int, 8>{});
-  };
+cudaError_t with_kernel_size(const FlowShape& shape, const Body& body) {
   switch (shape.kernel) {
     case 1:
-      return with_group(std::integral_constant<int, 1>{});
+      return body(std::integral_constant<int, 1>{});
     case 3:
-      return with_group(std::integral_constant<int, 3>{});
+      return body(std::integral_constant<int, 3>{});
     default:
-      return with_group(std::integral_constant<int, 5>{});
+      return body(std::integral_constant<int, 5>{});
   }
 }
 
