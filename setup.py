@@ -26,7 +26,7 @@ HERE = Path(__file__).resolve().parent
 TORCH_TARGET = (2, 10)  # oldest torch whose stable ABI has everything that csrc/ uses
 WANTED = os.environ.get("RNF_BUILD", "auto")
 CUDA_WANTED = os.environ.get("RNF_CUDA", "auto")
-CUDA_ARCHITECTURES = (80, 90, 100)  # of those, what nvcc knows; other devices compile from the newest one's PTX
+CUDA_ARCHITECTURES = (80, 90, 100)  # of those, what nvcc knows; newer devices compile the last one's PTX
 
 
 def find_torch() -> Path | None:

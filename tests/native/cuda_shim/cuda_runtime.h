@@ -80,7 +80,9 @@ constexpr unsigned kWarp = 32, kMostThreads = 1024;
 enum class State { ready, at_barrier, at_exchange, done };
 
 struct Fiber {
-  static constexpr std::size_t kStack = 128 << 10;
+  // Small, since AddressSanitizer clears its notes on the whole stack at every switch; an overflow is reported.
+  static constexpr std::size_t kStack = 32 << 10;
+  static constexpr uint64_t kEnd = 0x0123456789abcdef;
   std::unique_ptr<char[]> stack{new char[kStack]};
   ucontext_t context{};
   void* fake_stack = nullptr;
@@ -172,6 +174,7 @@ class Device {
 
   static void prepare(Fiber& fiber) {
     fiber.state = State::ready;
+    std::memcpy(fiber.stack.get(), &Fiber::kEnd, sizeof(Fiber::kEnd));
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
     fiber.context.uc_stack.ss_size = Fiber::kStack;
@@ -190,9 +193,11 @@ class Device {
         if (fibers_[thread]->state == State::ready) resume(thread);
       }
       if (release_warps()) continue;
-      if (count(State::done) == threads_) return;
+      if (count(State::done) == threads_) break;
       release_barrier();
     }
+    for (unsigned i = 0; i < threads_; ++i)
+      if (std::memcmp(fibers_[i]->stack.get(), &Fiber::kEnd, sizeof(Fiber::kEnd)) != 0) die("a stack is too small");
   }
 
   unsigned count(State state) const {
