@@ -90,7 +90,10 @@ def measure(nvcc: str) -> list[Resources]:
 
 def recorded() -> list[Resources]:
     with RESULTS.open(newline="") as file:
-        return [Resources(row[0], row[1], *map(int, row[2:6]), row[6]) for row in list(csv.reader(file))[1:]]
+        return [
+            Resources(kernel, architecture, int(registers), int(spills), int(stack), int(shared), nvcc)
+            for kernel, architecture, registers, spills, stack, shared, nvcc in list(csv.reader(file))[1:]
+        ]
 
 
 def main() -> None:

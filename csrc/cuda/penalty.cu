@@ -44,7 +44,7 @@ __device__ __forceinline__ double warp_sum(double value) {
 // Whether this block is the last of `count` to come here; it then sees what the others wrote before.
 __device__ __forceinline__ bool is_last_block(unsigned* ticket, int64_t count, unsigned* flag) {
   __threadfence();
-  __syncthreads();  // between blocks: the ticket says that all threads of this one have written
+  __syncthreads();  // the ticket says that all threads have written
   if (threadIdx.x == 0) *flag = atomicAdd(ticket, 1u) == static_cast<unsigned>(count - 1) ? 1u : 0u;
   __syncthreads();
   __threadfence();

@@ -4,11 +4,13 @@
 //
 //   - a missing barrier gives wrong values when the threads run in one order or the other (set_reverse);
 //   - a barrier that not all threads reach, or at different places, ends the program with a message;
+//   - an atomic that not all threads of the block have prepared with a fence does so too;
 //   - dynamic shared memory is NaN at first, exactly as large as asked for under AddressSanitizer, and refused above
 //     48 KiB without the opt-in, as on a device;
 //   - any one __syncthreads() can be left out (set_skipped), to see whether a test notices.
 //
-// Not covered: races between blocks, which run one after another; memory that is not coherent; how a warp really moves.
+// Not covered: other races between blocks, which run one after another; memory that is not coherent; how a warp really
+// moves.
 #pragma once
 #include <ucontext.h>
 
@@ -90,6 +92,7 @@ struct Fiber {
   const char* barrier = nullptr;
   uint3 index{};
   uint64_t exchanged = 0;
+  int fences = 0;
 };
 
 class Device {
@@ -131,6 +134,12 @@ class Device {
     return value;
   }
   unsigned lane() const { return current_ % kWarp; }
+  void fence() { ++fibers_[current_]->fences; }
+  // An atomic tells other blocks about this one: what all its threads wrote has to be behind a fence.
+  void check_fences() const {
+    for (unsigned i = 0; i < threads_; ++i)
+      if (fibers_[i]->fences < fibers_[current_]->fences) die("an atomic before all threads of the block have fenced");
+  }
 
   // --- called by launches ---
   void run(dim3 grid, dim3 block, std::size_t shared_bytes, std::function<void()> body) {
@@ -173,7 +182,7 @@ class Device {
   }
 
   static void prepare(Fiber& fiber) {
-    fiber.state = State::ready;
+    fiber.state = State::ready, fiber.fences = 0;
     std::memcpy(fiber.stack.get(), &Fiber::kEnd, sizeof(Fiber::kEnd));
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
@@ -266,7 +275,7 @@ class Device {
 #define CUDA_SHIM_TEXT(x) CUDA_SHIM_TEXT_(x)
 #define __syncthreads() ::cuda_shim::Device::get().synchronize(__FILE__ ":" CUDA_SHIM_TEXT(__LINE__))
 
-inline void __threadfence() {}  // blocks run one after another
+inline void __threadfence() { cuda_shim::Device::get().fence(); }
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int lanes) {
   if (mask != 0xffffffffu) cuda_shim::die("only full masks");
@@ -275,6 +284,7 @@ T __shfl_xor_sync(unsigned mask, T value, int lanes) {
 }
 template <class T>
 T atomicAdd(T* to, T value) {
+  cuda_shim::Device::get().check_fences();
   const T before = *to;
   *to += value;
   return before;
