@@ -1,4 +1,4 @@
-"""Finds the compiled libraries once and decides, per op, device, dtype and kernel size, which implementation runs.
+"""Finds the compiled libraries once and decides, per op, device, dtype and size, which implementation runs.
 
 Nothing above this file asks what device a tensor is on. Adding a back end is adding a ``Backend``.
 """
@@ -33,6 +33,7 @@ class Call(NamedTuple):  # looked up at every call
     device: str
     dtype: torch.dtype
     kernel_size: int | None  # None for element-wise ops
+    sizes: tuple[int, ...] = ()  # number of the device, then the tensor's but its first; where a back end asks for it
 
 
 @dataclass
@@ -44,6 +45,7 @@ class Backend:
     build_info: dict[str, Any] = field(default_factory=dict)
     dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     module: str | None = None  # holds the implementations and is imported when first asked for one
+    limit: Callable[[str, tuple[int, ...], int], str | None] | None = None  # why not this op, with sizes, kernel size
 
     def refuses(self, call: Call) -> str | None:
         """Why this back end does not take the call, or ``None`` if it does."""
@@ -58,6 +60,8 @@ class Backend:
             return f"has no kernel for {call.op}"
         if call.kernel_size is not None and call.kernel_size not in (1, 3, 5):
             return f"has kernels for k in {{1, 3, 5}}, not {call.kernel_size}"
+        if self.limit is not None and call.kernel_size is not None:
+            return self.limit(call.op, call.sizes, call.kernel_size)
         return None
 
     def load(self) -> None:
@@ -88,6 +92,12 @@ def _load_cpu() -> Backend:
     return Backend("cpu", ("cpu",), None, _cpu.IMPLEMENTATIONS, native.build_info())
 
 
+def _find_cuda() -> Backend:
+    from robust_node_fast import _cuda
+
+    return Backend("cuda", ("cuda",), _cuda.missing(), _cuda.IMPLEMENTATIONS, dtypes=_cuda.DTYPES, limit=_cuda.refuses)
+
+
 def _find_triton() -> Backend:
     dtypes = (torch.float16, torch.bfloat16, torch.float32)
     if importlib.util.find_spec("triton") is None:
@@ -97,9 +107,10 @@ def _find_triton() -> Backend:
 
 _BACKENDS: dict[str, Backend] = {
     "cpu": _load_cpu(),
-    "cuda": Backend("cuda", ("cuda",), "this release has no CUDA C++ kernels"),
+    "cuda": _find_cuda(),
     "triton": _find_triton(),
 }
+_SIZES_COUNT = {device for b in _BACKENDS.values() if b.limit and b.unavailable is None for device in b.devices}
 _REFERENCE: dict[str, Callable[..., Any]] = {}  # filled by _ops.py, which owns the contract
 _chosen = "auto"
 _resolved: dict[Call, Callable[..., Any]] = {}
@@ -113,7 +124,7 @@ def register_reference(op: str, implementation: Callable[..., Any]) -> None:
 
 def implementation(op: str, tensor: Tensor, kernel_size: int | None) -> Callable[..., Any]:
     """The callable that runs ``op`` for tensors like this one."""
-    call = Call(op, tensor.device.type, tensor.dtype, kernel_size)
+    call = Call(op, tensor.device.type, tensor.dtype, kernel_size, _sizes(tensor))
     try:
         return _resolved[call]
     except KeyError:
@@ -133,7 +144,14 @@ def is_traceable(op: str, tensor: Tensor, kernel_size: int | torch.SymInt | None
     if tensor.device.type not in _BACKENDS["triton"].devices:  # and a symbolic size stays so
         return False
     size = None if kernel_size is None else int(kernel_size)
-    return _resolve(Call(op, tensor.device.type, tensor.dtype, size))[0] == "triton"
+    return _resolve(Call(op, tensor.device.type, tensor.dtype, size, _sizes(tensor)))[0] == "triton"
+
+
+def _sizes(tensor: Tensor) -> tuple[int, ...]:
+    """Part of a call only where a back end serves the device for which they count."""
+    if tensor.device.type not in _SIZES_COUNT or not torch.cuda.is_available():
+        return ()
+    return tensor.device.index or 0, *(int(size) for size in tensor.shape[1:])
 
 
 def _resolve(call: Call) -> tuple[str, dict[str, str]]:
@@ -198,7 +216,7 @@ def set_backend(name: str) -> None:
 
 
 def backend_info() -> dict[str, Any]:
-    """Which implementation each op would use on each device (float32, k = 3), and why not the others."""
+    """Which implementation each op would use on each device (float32, k = 3, small states), and why not the others."""
     ops: dict[str, dict[str, Any]] = {}
     for op in _REFERENCE:
         ops[op] = {}

@@ -1,7 +1,7 @@
 """The CUDA kernels (csrc/cuda/): allocates results in the contract's layout and hands over addresses.
 
 A flow runs in one launch while each sample's state is in a block's shared memory: for float32, k in {1, 3, 5}, up to 32
-channels, and images for which ``fits`` says so. The penalty takes any float32 filters.
+channels, and images which ``refuses`` does not. The penalty takes any float32 filters.
 """
 
 from __future__ import annotations
@@ -27,30 +27,33 @@ except ImportError as error:
     _missing = str(error)
 
 
-def unavailable() -> str | None:
-    """Why no op can run here, or ``None``. Asks PyTorch, which looks for devices without starting CUDA."""
+def missing() -> str | None:
+    """Why the library cannot be used with this PyTorch, or ``None``."""
     if _native is None:
         return f"the CUDA library is missing ({_missing}): reinstall with nvcc; pip install -v shows what went wrong"
-    return None if torch.cuda.is_available() else "PyTorch finds no CUDA device"
+    return None if torch.version.hip is None else "the CUDA library does not serve ROCm devices"
 
 
-def fits(op: str, shape: Sequence[int], kernel_size: int, device: int = 0) -> bool:
-    """Whether ``op`` has a kernel for a state ``(B, C, H, W)``: whether its flow fits a block's shared memory.
+def refuses(op: str, sizes: Sequence[int], kernel_size: int) -> str | None:
+    """Why ``op`` cannot run for these sizes, the device's number first and then ``C, H, W``; or ``None``.
 
-    For the penalties, which any filters fit, ``shape`` does not count.
+    A flow must fit a block's shared memory; any filters fit the penalties. Without sizes: small ones.
     """
-    if op not in IMPLEMENTATIONS:
-        return False
-    if op.startswith("contraction"):
-        return True
+    if not torch.cuda.is_available():
+        return "finds no CUDA device"
+    if op.startswith("contraction") or not sizes:
+        return None
+    device, *state = sizes
     native = _library()
-    needed = native.flow_shared_bytes([*shape, kernel_size, 1])
-    return 0 < needed <= native.shared_memory_limit(device)
+    needed, limit = native.flow_shared_bytes([1, *state, kernel_size, 1]), native.shared_memory_limit(device)
+    if needed == 0:
+        return f"has flows of up to 32 channels, not of {tuple(state)}"
+    return None if needed <= limit else f"needs {needed} bytes of shared memory for {tuple(state)}, {limit} there are"
 
 
 def _library() -> ModuleType:
     if _native is None:
-        raise RuntimeError(f"robust_node_fast: {unavailable()}")
+        raise RuntimeError(f"robust_node_fast: {missing()}")
     return _native
 
 

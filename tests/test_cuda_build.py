@@ -50,7 +50,8 @@ def test_library_says_what_it_was_built_for() -> None:
 @needs_library
 @without_device
 def test_a_call_without_a_device_says_so() -> None:
-    assert _cuda.unavailable() == "PyTorch finds no CUDA device"
+    assert _cuda.missing() is None
+    assert _cuda.refuses("euler_conv_flow", (0, 3, 4, 4), 3) == "finds no CUDA device"
     native = importlib.import_module("robust_node_fast._cuda_C")
     nowhere = (0, (1, 1, 1, 1))
     sizes = [1, 3, 4, 4, 3, 1]
@@ -59,7 +60,6 @@ def test_a_call_without_a_device_says_so() -> None:
         lambda: native.flow_forward(0, 0, sizes, False, 0.1, 0.1, nowhere, 0, None, nowhere, None, None),
         lambda: native.contraction_penalty(0, 0, 1, 3, 3, 1.0, 0.1, 1.0, 0, 0, 0, 0, 0, lambda size: 0),
         lambda: native.contraction_penalty_backward(0, 0, 1, 3, 3, 0, False, 0, 0, 0),
-        lambda: _cuda.fits("euler_conv_flow", (1, 3, 4, 4), 3),
     )
     for call in calls:
         with pytest.raises(RuntimeError, match="there is no CUDA device that can be used: "):
@@ -69,7 +69,7 @@ def test_a_call_without_a_device_says_so() -> None:
 def test_without_the_library_a_call_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_cuda, "_native", None)
     monkeypatch.setattr(_cuda, "_missing", "no module")
-    reason = _cuda.unavailable()
+    reason = _cuda.missing()
     assert reason is not None
     assert "the CUDA library is missing (no module): reinstall with nvcc" in reason
     with pytest.raises(RuntimeError, match="the CUDA library is missing"):
