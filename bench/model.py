@@ -10,9 +10,9 @@ Everything it prints is predicted, nothing measured. What goes in:
   write;
 - registers and shared memory of every configuration (``bench/results/triton_resources.csv``), from which follow the
   blocks that a multiprocessor holds, and with them how evenly the last wave of blocks fills the card;
-- three assumptions: a stream reaches ``STREAM`` of the data sheet's bandwidth, reading again from the L2 cache (each tap
-  of the filter reads its pixels again, each block the filters) ``CACHE`` of its peak, and products, on tensor cores or
-  not, ``PRODUCT`` of their peak on a multiprocessor that is at work.
+- three assumptions: a stream reaches ``STREAM`` of the data sheet's bandwidth; reading again from the L2 cache (each
+  tap of the filter reads its pixels again, each block the filters) ``CACHE`` of its peak; and products, on tensor cores
+  or not, ``PRODUCT`` of their peak on a multiprocessor that is at work.
 """
 
 from __future__ import annotations
@@ -201,7 +201,7 @@ def product_kernel(
 
 
 def plain_kernel(card: Card, shape: Shape, batch: int, itemsize: int, kernel: Kernel) -> dict[str, float]:
-    """The same of one of PyTorch's: its convolutions are taken to have blocks of 128 x 128 that fit and fill any card."""
+    """The same of one of PyTorch's: its convolutions are taken to have blocks of 128 x 128 that fill any card."""
     dtype = "bfloat16" if itemsize == 2 else "float32"
     pixels, channels = batch * shape.size**2, shape.channels
     reread = itemsize * 9.0 * channels * (pixels * math.ceil(channels / 128) + math.ceil(pixels / 128) * channels)
