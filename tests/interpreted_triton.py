@@ -228,3 +228,14 @@ def test_empty_batch() -> None:
     assert not grads[1].any()
     assert not grads[2].any()
     run("smooth_leaky_relu", input, 0.1)
+
+
+@pytest.mark.parametrize("channels", [112, 33])
+def test_large_blocks_that_finish_in_quarters(channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The largest blocks: an Euler step stores a quarter of its channels at a time."""
+    monkeypatch.setattr(configs, "INTERPRETED", configs.Blocks(128, 128, 64, 8, 1))
+    input = random_state((2, channels, 6, 11))  # more pixels than a block has
+    weight, bias = random_filters(channels, 3, 1, True)
+    found = run("euler_conv_flow_saving", input, weight, bias, *FLOW, 1, True)
+    expected = reference.euler_conv_flow_saving(*exact([input, weight, bias]), *FLOW, 1, True)
+    assert_all_close(found, expected, 2e-5)
