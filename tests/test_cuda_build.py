@@ -8,11 +8,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from robust_node_fast import _cuda
+from robust_node_fast import _backends, _cuda
 from robust_node_fast.bench import cuda_resources
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -99,3 +100,33 @@ def test_a_build_without_nvcc_says_so_or_fails(setting: str, hidden: bool, line:
     done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=120)
     assert line in done.stderr
     assert (done.returncode != 0) == (setting == "1")
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("op", "sizes", "dtype", "expected"),
+    [
+        ("euler_conv_flow", (0, 8, 28, 28), torch.float32, "cuda"),
+        ("euler_conv_flow_backward", (0, 8, 28, 28), torch.float32, "cuda"),
+        ("euler_conv_flow", (0, 8, 28, 28), torch.bfloat16, "triton"),
+        ("euler_conv_flow", (0, 32, 32, 32), torch.float32, "triton"),
+        ("euler_conv_flow", (0, 128, 8, 8), torch.float32, "triton"),
+        ("contraction_penalty", (0, 128, 128, 3, 3), torch.float32, "cuda"),
+        ("smooth_leaky_relu", (0, 8, 28, 28), torch.float32, "triton"),
+        ("euler_conv_flow", (0, 8, 28, 28), torch.float64, "reference"),
+    ],
+)
+def test_who_runs_on_a_device_with_the_shared_memory_of_an_a100(
+    op: str, sizes: tuple[int, ...], dtype: torch.dtype, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    bytes_of = importlib.import_module("robust_node_fast._cuda_C").flow_shared_bytes
+    card = SimpleNamespace(flow_shared_bytes=bytes_of, shared_memory_limit=lambda device: 166_912)
+    monkeypatch.setattr(_cuda, "_native", card)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    kernel_size = None if op == "smooth_leaky_relu" else 3
+    name, why_not = _backends._resolve(_backends.Call(op, "cuda", dtype, kernel_size, sizes))
+    assert name == expected
+    assert name not in why_not
+    if sizes == (0, 32, 32, 32):
+        assert "bytes of shared memory for (32, 32, 32), 166912 there are" in why_not["cuda"]
