@@ -45,7 +45,6 @@ class Card:
     multiprocessors: int
     half: float  # bfloat16 and float16 on tensor cores
     tf32: float
-    float32: float  # without tensor cores
     bandwidth: float
     l2_bandwidth: float  # 64 bytes a cycle for each multiprocessor; MI300X: the Infinity Cache's
     l2: int
@@ -57,16 +56,15 @@ class Card:
 
 
 CARDS = (
-    Card("A100 80GB SXM", "sm_80", 108, 312e12, 156e12, 19.5e12, 2.04e12, 9.7e12, 40 << 20, 164 << 10, clock=1.41e9),
-    Card("H100 SXM", "sm_90", 132, 989e12, 494e12, 67e12, 3.35e12, 15.5e12, 50 << 20, 228 << 10, clock=1.83e9),
-    Card("H200 SXM", "sm_90", 132, 989e12, 494e12, 67e12, 4.8e12, 15.5e12, 50 << 20, 228 << 10, clock=1.83e9),
+    Card("A100 80GB SXM", "sm_80", 108, 312e12, 156e12, 2.04e12, 9.7e12, 40 << 20, 164 << 10, clock=1.41e9),
+    Card("H100 SXM", "sm_90", 132, 989e12, 494e12, 3.35e12, 15.5e12, 50 << 20, 228 << 10, clock=1.83e9),
+    Card("H200 SXM", "sm_90", 132, 989e12, 494e12, 4.8e12, 15.5e12, 50 << 20, 228 << 10, clock=1.83e9),
     Card(
         "MI300X",
         "gfx942",
         304,
         1307e12,
         654e12,
-        163e12,
         5.3e12,
         17e12,
         256 << 20,
@@ -158,9 +156,7 @@ class Prediction:
     compile_over_this: float
 
 
-def peak(card: Card, dtype: str, *, tensor_cores: bool = True) -> float:
-    if not tensor_cores:
-        return card.float32
+def peak(card: Card, dtype: str) -> float:
     return card.half if dtype == "bfloat16" else card.tf32
 
 
@@ -219,16 +215,16 @@ def flow_time(
     """Seconds of all steps, and what takes most of them."""
     itemsize = DTYPES[dtype]
     total, parts = 0.0, dict.fromkeys(("memory", "L2", "products", "launches"), 0.0)
-    wanted = ("bf16", "ieee") if dtype == "bfloat16" else ("fp32", "tf32")
+    channels = "any" if shape.channels % 16 else "multiple of 16"
+    wanted = (card.target, channels, *(("bf16", "ieee") if dtype == "bfloat16" else ("fp32", "tf32")))
     for kernel in kernels:
         if kernel.ours:
-            rows = [r for r in table if (r.kernel, r.target) == (kernel.ours, card.target)]
             costs = [
                 product_kernel(card, shape, batch, itemsize, kernel, row)
-                for row in rows
-                if (row.dtype, row.precision) == wanted
+                for row in table
+                if row.kernel == kernel.ours and (row.target, row.channels, row.dtype, row.precision) == wanted
             ]
-            cost = min(costs, key=lambda parts: max(parts.values()))  # what autotuning would pick
+            cost = min(costs, key=lambda each: max(each.values()))  # what autotuning would pick
         else:
             cost = plain_kernel(card, shape, batch, itemsize, kernel)
         slowest = max(cost, key=lambda name: cost[name])
