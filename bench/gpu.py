@@ -73,7 +73,7 @@ class Way:
     ours: bool = False
     layout: torch.memory_format = torch.contiguous_format
     compiled: bool = False
-    recompute: bool = True
+    recompute: bool | None = None
 
     def prepare(self, problem: Problem, mode: str, device: torch.device) -> Prepared:
         input, weight, bias, grad = (t.to(device) for t in problem.tensors)

@@ -212,7 +212,7 @@ class Ours(Provider):
 
     package = "robust-node-fast"
 
-    def __init__(self, name: str, recompute: bool) -> None:
+    def __init__(self, name: str, recompute: bool | None) -> None:
         self.name, self.recompute = name, recompute
 
     def missing(self) -> str | None:
@@ -220,7 +220,7 @@ class Ours(Provider):
         return None if choice["implementation"] == "cpu" else f"runs the reference: {choice['why_not']['cpu']}"
 
     def covers(self, work: Workload, mode: str) -> bool:
-        return self.recompute or (work.kind == "flow" and mode != "forward")
+        return self.recompute is None or (work.kind == "flow" and mode != "forward")
 
     def prepare(self, problem: Problem, mode: str, threads: int) -> Prepared:
         input, weight, bias, grad = (t.clone() for t in problem.tensors)
@@ -383,7 +383,7 @@ PROVIDERS: dict[str, Provider] = {
         OpenVINO(),
         OnnxRuntime(),
         NcnnConvolution(),
-        Ours(OURS, recompute=True),
+        Ours(OURS, recompute=None),
         Ours(SAVING, recompute=False),
     )
 }

@@ -60,10 +60,13 @@ def figures(rows: Sequence[Row]) -> Iterator[tuple[str, float]]:
             one = costs.get((name, mode, 1, OURS))
             against[f"1 thread over {threads}"] = one and row.cost and one / row.cost
         yield from ((f"{name}, {mode}: {peer}", ratio) for peer, ratio in against.items() if ratio)
+    rates = {row.threads: row.gemm_gflops for row in rows if row.sweep == "threads" and row.gemm_gflops}
+    yield from ((f"sgemm, 1 thread over {n}", rate / rates[1]) for n, rate in rates.items() if n > 1 and 1 in rates)
     peaks = {key[0]: row.cost for key, row in ours.items()}
-    few, many = peaks.get("memory, N8"), peaks.get("memory, N64")
-    if few and many:
-        yield "training memory, N=64 over N=8 (less is better)", many / few
+    for batch in (32, 512):
+        few, many = peaks.get(f"memory, B{batch} N8"), peaks.get(f"memory, B{batch} N64")
+        if few and many:
+            yield f"training memory of {batch} samples, N=64 over N=8 (less is better)", many / few
     ratios = {key: row.best_pytorch_over_this for key, row in ours.items() if key[1] in TIMED}
     known = {key: ratio for key, ratio in ratios.items() if ratio}
     if known:

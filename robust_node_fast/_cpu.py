@@ -32,15 +32,15 @@ layout = "planes" if os.environ.get("RNF_PRECISION") == "exact" else "best"
 _LARGEST_BFLOAT16_STEP = 0.25
 
 
-# What euler_conv_flow_saving saved, in the backward op's arguments: the kernels read bfloat16 as it is.
+# What was saved for backward, in the backward op's arguments: the kernels read bfloat16 as it is.
 _SAVED = 9
 
 
 def _widened(function: Callable[..., Any]) -> Callable[..., Any]:
     """Run in float32 for float16 and bfloat16 tensors."""
 
-    def up(value: Any) -> Any:
-        return value.float() if isinstance(value, Tensor) else value
+    def up(value: Any, narrow: Sequence[torch.dtype] = (torch.float16, torch.bfloat16)) -> Any:
+        return value.float() if isinstance(value, Tensor) and value.dtype in narrow else value
 
     def run(*args: Any) -> Any:
         dtype = args[0].dtype
@@ -48,7 +48,8 @@ def _widened(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*args)
         is_flow = function.__name__.startswith("euler")
         options = {"bfloat16": dtype == torch.bfloat16} if is_flow else {}
-        result = function(*map(up, args[:_SAVED]), *args[_SAVED:], **options)
+        saved = (up(value, (torch.float16,)) for value in args[_SAVED:])
+        result = function(*map(up, args[:_SAVED]), *saved, **options)
         if isinstance(result, Tensor):
             return result.to(dtype)
         if function is euler_conv_flow_saving:

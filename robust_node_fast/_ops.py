@@ -34,7 +34,8 @@ _SCHEMAS = {
         "(Tensor input, Tensor weight, Tensor? bias, float step_size, float negative_slope, SymInt n_steps, "
         "bool return_trajectory) -> Tensor"
     ),
-    # Output, then for the backward op the states that enter the steps (empty unless asked for) and h s'(u).
+    # Output, then for the backward op the states that enter the steps (empty unless asked for; a single step's is the
+    # input) and h s'(u).
     "euler_conv_flow_saving": (
         "(Tensor input, Tensor weight, Tensor? bias, float step_size, float negative_slope, SymInt n_steps, "
         "bool save_states) -> (Tensor, Tensor, Tensor)"
@@ -271,12 +272,27 @@ euler_conv_flow_saving = _OPS.euler_conv_flow_saving.default
 _contraction_penalty = _OPS.contraction_penalty.default
 
 
-def _below_autograd(op: Callable[..., Any]) -> Callable[..., Any]:
-    """``op`` for callers whom nobody will ask for its gradient: one trip through the dispatcher less."""
+_PLAIN = torch._C._dispatch_keys(torch.empty(0)).raw_repr()
+
+
+def _is_plain(*args: Any) -> bool:
+    """Whether PyTorch's dispatcher would do nothing below autograd but call the op's kernel.
+
+    So it is for strided CPU tensors (no subclass, no tracing, no pending negation), where a call costs as much as the
+    penalty or a flow of one small image.
+    """
+    return torch._C._len_torch_dispatch_stack() == 0 and all(
+        torch._C._dispatch_keys(arg).raw_repr() == _PLAIN for arg in args if isinstance(arg, Tensor)
+    )
+
+
+def _below_autograd(name: str) -> Callable[..., Any]:
+    """The op for callers whom nobody will ask for its gradient."""
+    op, kernel = getattr(_OPS, name).default, _kernel(name)
 
     def run(*args: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
-            return op(*args)
+            return kernel(*args) if _is_plain(*args) else op(*args)
 
     return run
 
@@ -284,7 +300,7 @@ def _below_autograd(op: Callable[..., Any]) -> Callable[..., Any]:
 def _gradient_op(name: str) -> Callable[..., Any]:
     """The backward op of ``name`` as backward calls it: differentiable only with ``create_graph=True``."""
     op = getattr(_OPS, f"{name}_backward").default
-    once = _below_autograd(op)
+    once = _below_autograd(f"{name}_backward")
     return lambda *args: op(*args) if torch.is_grad_enabled() else once(*args)
 
 
@@ -310,7 +326,7 @@ def _register_autograd(
     name: str, backward: Callable[..., Any], setup_context: Callable[[Any, tuple[Any, ...], Any], None]
 ) -> None:
     """What ``torch.library.register_autograd`` does, without its 50 microseconds a call: the penalty takes 10."""
-    below = _below_autograd(getattr(_OPS, name).default)
+    below = _below_autograd(name)
 
     def forward(ctx: Any, *inputs: Any) -> Any:
         output = below(*inputs)
@@ -373,7 +389,9 @@ def _saving_flow_gradient(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, 
         return (None,) * 7
     mask = _wanted(ctx, 3)
     input, weight, bias, states, slopes = ctx.saved_tensors
-    saved = (states if ctx.has_states else None, slopes)
+    if not ctx.has_states:
+        states = input.unsqueeze(0) if ctx.scalars[2] == 1 else None  # of a single step, the input is all states
+    saved = (states, slopes)
     grads = _euler_conv_flow_backward(grad, input, weight, bias, *ctx.scalars, False, mask, *saved)
     return *(g if wanted else None for g, wanted in zip(grads, mask, strict=True)), None, None, None, None
 

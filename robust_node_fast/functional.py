@@ -76,6 +76,8 @@ def euler_conv_step(
     _checks.flow(input, weight, bias, (4,), step_size, negative_slope)
     if _transformed():
         return reference.euler_conv_step(input, weight, bias, step_size=step_size, negative_slope=negative_slope)
+    if _differentiable(input, weight, bias):
+        return _ops.euler_conv_flow_saving(input, weight, bias, step_size, negative_slope, 1, False)[0]
     return _ops.euler_conv_step(input, weight, bias, step_size, negative_slope)
 
 
@@ -88,12 +90,13 @@ def euler_conv_flow(
     negative_slope: float = 0.1,
     n_steps: int | None = None,
     return_trajectory: bool = False,
-    recompute: bool = True,
+    recompute: bool | None = None,
 ) -> Tensor:
     """``for k in range(N): input = euler_conv_step(input, weight[k], bias[k], ...)`` in one fused call.
 
     The gradients are the exact gradients of the discrete network (no adjoint ODE). By default only ``input``,
-    ``weight`` and ``bias`` are saved for backward, however many steps there are; states are recomputed in cache.
+    ``weight`` and ``bias`` are saved for backward, however many steps there are, and states are recomputed in cache;
+    of a single step, its slopes ``(B, C, H, W)`` are saved too.
 
     Args:
         input: ``(B, C, H, W)``, contiguous or channels_last (kept in the result); other strides give a contiguous one.
@@ -104,8 +107,8 @@ def euler_conv_flow(
         n_steps: number of steps for shared weights; must be left out otherwise.
         return_trajectory: return all states ``(N + 1, B, C, H, W)``, the input first, instead of the last one.
         recompute: if false, save each step's slopes ``(N, B, C, H, W)`` for backward, and its states too when
-            ``weight`` requires a gradient: the same gradients, sooner, for more memory. A trajectory is always
-            recomputed.
+            ``weight`` requires a gradient: the same gradients, sooner, for more memory. By default true for more than
+            one step. A trajectory is always recomputed.
 
     Returns:
         ``(B, C, H, W)`` or the trajectory.
@@ -127,10 +130,10 @@ def euler_conv_flow(
             n_steps=n_steps,
             return_trajectory=return_trajectory,
         )
-    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias))
-    if wanted and not recompute and not return_trajectory:
-        steps = weight.shape[0] if n_steps is None else n_steps
-        save_states = weight.requires_grad
+    steps = weight.shape[0] if n_steps is None else n_steps
+    saves = steps == 1 if recompute is None else not recompute
+    if saves and not return_trajectory and _differentiable(input, weight, bias):
+        save_states = weight.requires_grad and steps > 1  # the first state is the input
         return _ops.euler_conv_flow_saving(input, weight, bias, step_size, negative_slope, steps, save_states)[0]
     return _ops.euler_conv_flow(
         input,
@@ -138,9 +141,13 @@ def euler_conv_flow(
         bias,
         step_size,
         negative_slope,
-        weight.shape[0] if n_steps is None else n_steps,
+        steps,
         return_trajectory,
     )
+
+
+def _differentiable(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def contraction_penalty(

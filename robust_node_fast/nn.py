@@ -39,7 +39,8 @@ class EulerConvFlow(nn.Module):
         bias: learn ``bias``.
         negative_slope: of the activation.
         shared_weights: one filter bank for all steps instead of one per step.
-        recompute: what backward needs is computed again (default), or saved: faster, with memory growing with N.
+        recompute: what backward needs is computed again, or saved: faster, with memory growing with N. The default
+            computes it again if N > 1.
         device, dtype: of the parameters.
 
     Attributes:
@@ -64,7 +65,7 @@ class EulerConvFlow(nn.Module):
         bias: bool = True,
         negative_slope: float = 0.1,
         shared_weights: bool = False,
-        recompute: bool = True,
+        recompute: bool | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:

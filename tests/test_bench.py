@@ -45,7 +45,7 @@ class Faulty(providers.Ours):
     """Our flow plus a fault; a competitor when it has another name."""
 
     def __init__(self, fault: Callable[[torch.Tensor], torch.Tensor], name: str = OURS) -> None:
-        super().__init__(name, recompute=True)
+        super().__init__(name, recompute=None)
         self.fault = fault
 
     def prepare(self, problem: registry.Problem, mode: str, threads: int) -> providers.Prepared:
@@ -72,7 +72,7 @@ def test_the_registry_is_consistent() -> None:
     assert len(set(names)) == len(names)
     for work in registry.WORKLOADS:
         assert work.group in registry.GROUPS
-        assert work.providers[0] == "eager"  # the measure of everyone's errors
+        assert work.providers[0] == "eager" or work.modes == ("memory",)  # the measure of everyone's errors
         assert OURS in work.providers
         assert set(work.providers) <= set(providers.PROVIDERS)
         assert set(work.modes) <= set(work.covered_modes)

@@ -157,7 +157,7 @@ def test_steps_of_optimizers(channels: int, optimizer: str) -> None:
 @pytest.mark.parametrize("channels", CHANNELS)
 def test_change_between_forward_and_backward(channels: int) -> None:
     """A weight changed behind autograd's back: backward uses the new one, as PyTorch's convolution does."""
-    weight, input = random_filters(channels, 3, 1, False)[0].requires_grad_(), random_state((2, channels, 5, 6))
+    weight, input = random_filters(channels, 3, 2, False)[0].requires_grad_(), random_state((2, channels, 5, 6))
     found = []
     for module in (functional, reference):
         w, x = weight.detach().clone().requires_grad_(), input.clone().requires_grad_()
@@ -214,12 +214,12 @@ def test_one_memory_as_filters_of_two_shapes(
     with kernels_in("planes"):
         for channels, kernel in (first, second, first):
             weight = memory.view(2, channels, channels, kernel, kernel)
-            fresh.check(weight, random_state((1, channels, 6, 7), dtype=dtype))
+            fresh.check(weight, random_state((4, channels, 6, 7), dtype=dtype))  # fewer pixels are not packed
 
 
 @pytest.mark.parametrize("channels", CHANNELS)
 def test_layouts_do_not_mix(channels: int) -> None:
-    weight, input, fresh = random_filters(channels, 3, 2, False)[0], random_state((1, channels, 6, 7)), Fresh()
+    weight, input, fresh = random_filters(channels, 3, 2, False)[0], random_state((4, channels, 6, 7)), Fresh()
     for layout in ("planes", "channels", "strips") * 2:
         with kernels_in(layout):
             fresh.check(weight, input)
@@ -304,7 +304,7 @@ def resident():
 
 torch.set_num_threads(1)
 size = 4 * 64 * 64 * 9
-memory, input = torch.randn(size + 16 * 240) / 24, torch.randn(1, 64, 4, 4, requires_grad=True)
+memory, input = torch.randn(size + 16 * 240) / 24, torch.randn(1, 64, 12, 12, requires_grad=True)
 flow(0)
 before = resident()
 for i in range(1, 240):

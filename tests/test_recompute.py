@@ -45,7 +45,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     rnf.set_backend("auto")
 
 
-def flow(tensors: Tensors, recompute: bool, n_steps: int = 3, **options: Any) -> Tensor:
+def flow(tensors: Tensors, recompute: bool | None, n_steps: int = 3, **options: Any) -> Tensor:
     input, weight, bias = tensors
     steps = n_steps if weight.dim() == 4 else None
     options = {"step_size": 0.2, "n_steps": steps, "recompute": recompute, **options}
@@ -231,12 +231,29 @@ def test_saves_only_where_a_gradient_is_wanted(wanted: tuple[int, ...]) -> None:
     mine = leaves(tensors, wanted)
     assert ops_of(mine, recompute=False) == ["euler_conv_flow_saving"]
     assert ops_of(mine, recompute=True) == ["euler_conv_flow"]
+    assert ops_of(mine, recompute=None) == ["euler_conv_flow"]
     assert ops_of(mine, recompute=False, return_trajectory=True) == ["euler_conv_flow"]
     assert ops_of(leaves(tensors, ()), recompute=False) == ["euler_conv_flow"]
     with torch.no_grad():
         assert ops_of(mine, recompute=False) == ["euler_conv_flow"]
     with torch.inference_mode():
         assert ops_of(mine, recompute=False) == ["euler_conv_flow"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 1, 2)])
+def test_a_single_step_saves_by_itself(wanted: tuple[int, ...], dtype: torch.dtype) -> None:
+    tensors = (random_state((2, 3, 5, 6), dtype=dtype), *random_filters(3, 3, 1, True, dtype))
+    mine = leaves(tensors, wanted)
+    with Calls() as calls:
+        result = functional.euler_conv_flow(*mine, step_size=0.2)
+        step = functional.euler_conv_step(mine[0], mine[1][0], mine[2][0], step_size=0.2)
+    assert calls.names == ["euler_conv_flow_saving"] * 2
+    grad_output, asked = torch.randn_like(result), [mine[i] for i in wanted]
+    expected = torch.autograd.grad(flow(mine, recompute=True, n_steps=1), asked, grad_output)
+    for output in (result, step):
+        for found, again in zip(torch.autograd.grad(output, asked, grad_output), expected, strict=True):
+            assert_close(found, again, 0.0 if dtype in (torch.float32, torch.float64) else 0.01)
 
 
 def saved_bytes(tensors: Tensors, **options: Any) -> int:
@@ -264,7 +281,8 @@ def test_memory_is_that_of_the_input_or_grows_with_the_steps(dtype: torch.dtype)
             assert saved_bytes(mine, recompute=False, n_steps=steps, return_trajectory=True) == given
             with torch.no_grad():
                 assert saved_bytes(mine, recompute=False, n_steps=steps) == 0
-        assert saved_bytes(everything, recompute=False, n_steps=steps) == given + 2 * steps * state
+        states = 0 if steps == 1 else steps * state  # of a single step, the input is all states
+        assert saved_bytes(everything, recompute=False, n_steps=steps) == given + states + steps * state
         assert saved_bytes(input_only, recompute=False, n_steps=steps) == given + steps * state
 
 

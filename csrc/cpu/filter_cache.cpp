@@ -31,6 +31,7 @@ bool same(const FilterKey& a, const FilterKey& b) {
 }  // namespace
 
 FilterLease::FilterLease(const FilterKey& key) : entry_(nullptr) {
+  if (key.banks == 0) return;
   {
     const std::lock_guard<std::mutex> lock(mutex);
     for (CachedFilters** link = &newest; *link != nullptr; link = &(*link)->next)
@@ -44,6 +45,7 @@ FilterLease::FilterLease(const FilterKey& key) : entry_(nullptr) {
 }
 
 FilterLease::~FilterLease() {
+  if (entry_ == nullptr) return;
   CachedFilters* old = nullptr;
   {
     const std::lock_guard<std::mutex> lock(mutex);

@@ -13,7 +13,7 @@ namespace rnf {
 struct FilterKey {
   const void* weight;
   int64_t channels, kernel;
-  int64_t banks, bank_bytes;  // what is stored
+  int64_t banks, bank_bytes;  // what is stored; no banks, no entry
   int64_t layout;             // which packing
 };
 
