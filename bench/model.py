@@ -216,13 +216,14 @@ def flow_time(
     itemsize = DTYPES[dtype]
     total, parts = 0.0, dict.fromkeys(("memory", "L2", "products", "launches"), 0.0)
     channels = "any" if shape.channels % 16 else "multiple of 16"
-    wanted = (card.target, channels, *(("bf16", "ieee") if dtype == "bfloat16" else ("fp32", "tf32")))
+    wanted = (card.target, 3, channels, *(("bf16", "ieee") if dtype == "bfloat16" else ("fp32", "tf32")))
     for kernel in kernels:
         if kernel.ours:
             costs = [
                 product_kernel(card, shape, batch, itemsize, kernel, row)
                 for row in table
-                if row.kernel == kernel.ours and (row.target, row.channels, row.dtype, row.precision) == wanted
+                if row.kernel == kernel.ours
+                and (row.target, row.kernel_size, row.channels, row.dtype, row.precision) == wanted
             ]
             cost = min(costs, key=lambda each: max(each.values()))  # what autotuning would pick
         else:
