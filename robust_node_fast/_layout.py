@@ -23,14 +23,19 @@ def empty_trajectory(input: Tensor, states: int | torch.SymInt) -> Tensor:
     return _empty_states(input, states, memory_format(input), input.dtype)
 
 
+def saved_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of what is saved for ``dtype`` tensors: float32 for float16, in which slopes of small steps would be denormal."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 def empty_saved(
     input: Tensor, n_steps: int | torch.SymInt, save_states: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Uninitialised states (empty unless wanted) and slopes of all steps, for the backward pass of ``dtype`` tensors.
 
-    In float32 for float16: slopes of small steps would be denormal. Channels last where the kernels compute so.
+    Channels last where the kernels compute so.
     """
-    dtype = torch.float32 if dtype == torch.float16 else dtype
+    dtype = saved_dtype(dtype)
     order = torch.channels_last if input.shape[1] >= 16 else memory_format(input)
     states = _empty_states(input, n_steps, order, dtype) if save_states else input.new_empty(0, dtype=dtype)
     return states, _empty_states(input, n_steps, order, dtype)
