@@ -94,6 +94,11 @@ def _dense(name: str, tensor: Tensor, like: Tensor) -> tuple[Tensor, int]:
     return dense, _address(name, dense, like)
 
 
+def _addressable(states: Tensor) -> Tensor:
+    """Itself, or a copy whose elements the kernels can reach."""
+    return states if _layout.addressable(states) else states.contiguous()
+
+
 def _strided(
     name: str, tensor: Tensor | None, like: Tensor, states: int | None = None, dtype: torch.dtype | None = None
 ) -> Any:
@@ -147,7 +152,7 @@ def _run_flow(
     states: Tensor | None,
     slopes: Tensor | None,
 ) -> None:
-    storage = _storage(input)
+    storage, input = _storage(input), _addressable(input)
     weight, filters = _dense("weight", weight, input)
     bias, biases = (None, None) if bias is None else _dense("bias", bias, input)
     _library().flow_forward(
@@ -211,6 +216,7 @@ def euler_conv_flow_backward(
     grad_weight = weight.new_empty(weight.shape) if output_mask[1] else None
     grad_bias = weight.new_empty(weight.shape[:-3]) if output_mask[2] else None
     if any(output_mask):
+        input, grad_output = _addressable(input), _addressable(grad_output)
         weight, filters = _dense("weight", weight, input)
         bias, biases = (None, None) if bias is None else _dense("bias", bias, input)
         _library().flow_backward(

@@ -13,6 +13,12 @@ def memory_format(input: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
+def addressable(states: Tensor) -> bool:
+    """Whether the elements of each ``(C, H, W)`` lie less than 2^31 apart: what GPU kernels count in 32 bits."""
+    sizes, strides = states.shape[-3:], states.stride()[-3:]
+    return bool(sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True)) < 2**31)
+
+
 def empty_state(input: Tensor) -> Tensor:
     """An uninitialised ``(B, C, H, W)``."""
     return torch.empty_like(input, memory_format=memory_format(input))

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import LAYOUTS, NORMS, REDUCTIONS, assert_close, max_error, random_filters, random_state
+from helpers import LAYOUTS, NORMS, REDUCTIONS, assert_close, far_apart, max_error, random_filters, random_state
 from torch import Tensor
 
 from robust_node_fast import _cuda, _ops, reference
@@ -201,6 +201,14 @@ def test_gradients_from_what_was_saved(channels: int, dtype: torch.dtype) -> Non
     assert_as_reference("euler_conv_flow_backward", *args, [True, False, True], None, slopes)
     with pytest.raises(ValueError, match="takes the states"):
         _cuda.euler_conv_flow_backward(*args, [True, True, True], None, slopes)
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_elements_further_apart_than_32_bits_can_count(tmp_path: Path) -> None:
+    x = far_apart(tmp_path)
+    weight, bias = random_filters(3, 3, 2, True, x.dtype)
+    assert_as_reference("euler_conv_flow", x, weight, bias, 0.1, 0.2, 2, True)
+    assert_as_reference("euler_conv_flow_backward", x, x, weight, bias, 0.1, 0.2, 2, False, [True] * 3)
 
 
 @pytest.mark.usefixtures("on_cpu")
