@@ -1,14 +1,17 @@
 """What each CUDA kernel takes of a device: registers, spills, stack and static shared memory, as ptxas says.
 
-``python bench/cuda_resources.py`` writes ``bench/results/cuda_resources.csv``; no device is needed. A test compares.
+``python -m robust_node_fast.bench.cuda_resources`` writes ``bench/results/cuda_resources.csv``; no device is needed.
+``tests/test_cuda_build.py`` compares.
 """
 
 from __future__ import annotations
 
 import csv
+import hashlib
 import re
 import shutil
 import subprocess
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from itertools import product
@@ -20,11 +23,12 @@ RESULTS = ROOT / "bench" / "results" / "cuda_resources.csv"
 ARCHITECTURES = (80, 90, 100)
 # As setup.py compiles.
 FLAGS = ["-std=c++17", "-O3", "-Xptxas", "-v"]
+STORAGE = {"f": "float32", "6__half": "float16", "13__nv_bfloat16": "bfloat16"}  # names of types as symbols hold them
 
 
 @dataclass(frozen=True, order=True)
 class Resources:
-    """One kernel on one architecture. ``nvcc`` is the version that decided it."""
+    """One kernel on one architecture. ``nvcc`` is the version that decided it, ``digest`` that of the sources."""
 
     kernel: str
     architecture: str
@@ -33,6 +37,14 @@ class Resources:
     stack_bytes: int
     static_shared_bytes: int
     nvcc: str
+    digest: str
+
+
+def digest() -> str:
+    """Of all that decides what nvcc makes of the kernels, but its version."""
+    sources = sorted(path for path in (ROOT / "csrc" / "cuda").iterdir() if path.suffix != ".cpp")
+    text = [path.name.encode() + path.read_bytes() for path in sources]
+    return hashlib.sha256(b"".join([" ".join(FLAGS).encode(), *text])).hexdigest()[:16]
 
 
 def compiler_version(nvcc: str) -> str:
@@ -41,12 +53,12 @@ def compiler_version(nvcc: str) -> str:
 
 
 def readable(symbol: str) -> str:
-    """``flow_backward_kernel<3, 1>`` of a mangled name; hashes of files are left out."""
-    match = re.search(r"\d([a-z][a-z_]*_kernel)(I(?:L[ib]\d+E)+E)?", symbol)
+    """``flow_backward_kernel<3, 1, float32>`` of a mangled name; hashes of files are left out."""
+    match = re.search(rf"\d([a-z][a-z_]*_kernel)I((?:L[ib]\d+E)*)({'|'.join(STORAGE)})E", symbol)
     if match is None:
         raise ValueError(f"{symbol} is not named like a kernel")
-    values = re.findall(r"L[ib](\d+)E", match[2] or "")
-    return match[1] + (f"<{', '.join(values)}>" if values else "")
+    arguments = [*re.findall(r"L[ib](\d+)E", match[2]), STORAGE[match[3]]]
+    return f"{match[1]}<{', '.join(arguments)}>"
 
 
 def parse(log: str, version: str) -> list[Resources]:
@@ -66,13 +78,14 @@ def parse(log: str, version: str) -> list[Resources]:
                 number(r"(\d+) bytes stack frame"),
                 number(r"(\d+) bytes smem"),
                 version,
+                digest(),
             )
         )
     return found
 
 
-def measure(nvcc: str) -> list[Resources]:
-    """All kernels on all architectures, two compilers side by side."""
+def measure(nvcc: str, architectures: Iterable[int] = ARCHITECTURES) -> list[Resources]:
+    """All kernels on these architectures, two compilers side by side."""
     version = compiler_version(nvcc)
 
     def compile_one(job: tuple[Path, int]) -> list[Resources]:
@@ -83,7 +96,7 @@ def measure(nvcc: str) -> list[Resources]:
             done = subprocess.run(command, check=True, capture_output=True, text=True)
         return parse(done.stderr + done.stdout, version)
 
-    jobs = product(sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ARCHITECTURES)
+    jobs = product(sorted((ROOT / "csrc" / "cuda").glob("*.cu")), architectures)
     with ThreadPoolExecutor(2) as pool:
         return sorted(resources for found in pool.map(compile_one, jobs) for resources in found)
 
@@ -91,8 +104,8 @@ def measure(nvcc: str) -> list[Resources]:
 def recorded() -> list[Resources]:
     with RESULTS.open(newline="") as file:
         return [
-            Resources(kernel, architecture, int(registers), int(spills), int(stack), int(shared), nvcc)
-            for kernel, architecture, registers, spills, stack, shared, nvcc in list(csv.reader(file))[1:]
+            Resources(kernel, architecture, int(registers), int(spills), int(stack), int(shared), nvcc, digest)
+            for kernel, architecture, registers, spills, stack, shared, nvcc, digest in list(csv.reader(file))[1:]
         ]
 
 

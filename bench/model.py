@@ -216,13 +216,14 @@ def flow_time(
     itemsize = DTYPES[dtype]
     total, parts = 0.0, dict.fromkeys(("memory", "L2", "products", "launches"), 0.0)
     channels = "any" if shape.channels % 16 else "multiple of 16"
-    wanted = (card.target, channels, *(("bf16", "ieee") if dtype == "bfloat16" else ("fp32", "tf32")))
+    wanted = (card.target, 3, channels, *(("bf16", "ieee") if dtype == "bfloat16" else ("fp32", "tf32")))
     for kernel in kernels:
         if kernel.ours:
             costs = [
                 product_kernel(card, shape, batch, itemsize, kernel, row)
                 for row in table
-                if row.kernel == kernel.ours and (row.target, row.channels, row.dtype, row.precision) == wanted
+                if row.kernel == kernel.ours
+                and (row.target, row.kernel_size, row.channels, row.dtype, row.precision) == wanted
             ]
             cost = min(costs, key=lambda each: max(each.values()))  # what autotuning would pick
         else:
@@ -234,11 +235,11 @@ def flow_time(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# All steps in shared memory (csrc/cuda): float32, few channels
+# All steps in shared memory (csrc/cuda): few channels, float32 arithmetic whatever the tensors' dtype
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def in_shared_memory(card: Card, shape: Shape, batch: int, mode: str) -> tuple[float, str] | None:
+def in_shared_memory(card: Card, shape: Shape, batch: int, itemsize: int, mode: str) -> tuple[float, str] | None:
     """Seconds of the whole flow in one launch each way, or ``None`` where a sample does not fit a block.
 
     A thread computes four pixels of eight channels (csrc/cuda/geometry.h has the same arithmetic), a multiprocessor 128
@@ -259,10 +260,11 @@ def in_shared_memory(card: Card, shape: Shape, batch: int, mode: str) -> tuple[f
     cycles = shape.n_steps * convolutions * passes * threads * 288 * c / 128
     waves = math.ceil(batch / (card.multiprocessors * resident))
     # States and slopes written and read, by the samples at work.
-    kept = 0 if mode == "forward" else 4 * 2 * shape.n_steps * shape.state(1)
+    kept = 0 if mode == "forward" else itemsize * 2 * shape.n_steps * shape.state(1)
     in_l2 = kept * min(batch, card.multiprocessors * resident) <= card.l2
     cost = {
-        "memory": (4 * numbers * shape.state(batch) + (0 if in_l2 else 2 * kept * batch)) / (STREAM * card.bandwidth),
+        "memory": (itemsize * numbers * shape.state(batch) + (0 if in_l2 else 2 * kept * batch))
+        / (STREAM * card.bandwidth),
         "L2": 2 * kept * batch / (CACHE * card.l2_bandwidth),
         "products": waves * resident * cycles / (PRODUCT * card.clock),
         "launches": LAUNCH * (1 if mode == "forward" else 3),
@@ -278,7 +280,7 @@ def predictions(table: list[Resources]) -> Iterator[Prediction]:
                 for dtype, itemsize in DTYPES.items():
                     for mode, providers in PASSES.items():
                         found = {p: flow_time(card, shape, batch, dtype, k, table) for p, k in providers.items()}
-                        whole = in_shared_memory(card, shape, batch, mode) if dtype == "float32" else None
+                        whole = in_shared_memory(card, shape, batch, itemsize, mode)
                         if whole is not None:
                             found["ours, all steps in shared memory"] = whole
                         convolutions = 1 if mode == "forward" else 3

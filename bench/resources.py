@@ -1,12 +1,14 @@
 """Compiles every configuration of every Triton kernel for every target, without a device, and reads what it takes.
 
 ``python -m robust_node_fast.bench.resources`` writes ``bench/results/triton_resources.csv``: registers, spilled bytes,
-shared memory, tensor-core instructions. ``tests/test_triton_resources.py`` compiles again and compares.
+shared memory, tensor-core instructions. Each row holds a digest of everything that its code depends on, and only rows
+whose digest changed are compiled again; without the file all are. ``tests/test_triton_resources.py`` compares.
 """
 
 from __future__ import annotations
 
 import csv
+import hashlib
 import multiprocessing
 import os
 import re
@@ -32,7 +34,9 @@ TENSOR_CORES = {
 PRODUCTS = (("bf16", "ieee"), ("fp16", "ieee"), ("fp32", "tf32"), ("fp32", "ieee"))
 ELEMENTS = (("bf16", ""), ("fp16", ""), ("fp32", ""))  # of kernels without products
 CONVOLUTIONS = ("euler_step", "gradient_step", "weight_gradient", "weight_gradient atomic")
-ELEMENTWISE = ("penalty", "penalty_gradient", "smooth_leaky_relu", "smooth_leaky_relu_backward")
+PENALTIES = ("penalty", "penalty_gradient")
+ACTIVATIONS = ("smooth_leaky_relu", "smooth_leaky_relu_backward")
+KERNEL_SIZES = (3, 1, 5)  # all blocks for the first, the largest ones, which would spill first, for the others
 UNIT_STRIDES = ("in_channel", "out_channel", "slope_channel", "channel", "below_channel", "state_channel")
 POINTERS = (
     *("input", "filters", "bias", "output", "slopes", "v", "grad", "extra", "grad_below", "v_below", "state"),
@@ -48,6 +52,7 @@ class Resources:
 
     kernel: str
     configuration: str
+    kernel_size: int  # 0 for the activation
     dtype: str
     precision: str
     channels: str  # "multiple of 16" and side by side in memory, or "any" number at any stride
@@ -57,11 +62,13 @@ class Resources:
     shared_bytes: int
     tensor_core_instruction: str  # the most frequent one; empty if there is none
     triton: str  # version
+    digest: str
 
 
 class Job(NamedTuple):
     kernel: str
     blocks: int  # which ones
+    kernel_size: int
     dtype: str
     precision: str
     channels: str
@@ -72,7 +79,7 @@ def _blocks(kernel: str, dtype: str, precision: str, channels: str) -> tuple[Any
     """The block sizes of a convolution, those of the tuner; one None for every other kernel."""
     from robust_node_fast.kernels import configs
 
-    if kernel in ELEMENTWISE:
+    if kernel not in CONVOLUTIONS:
         return (None,)
     products = precision if dtype == "fp32" else "16 bit"
     return configs.BLOCKS[kernel.split()[0]]["any channels" if channels == "any" else products]
@@ -84,29 +91,35 @@ def configuration(job: Job) -> str:
 
 def jobs() -> list[Job]:
     return [
-        Job(kernel, blocks, dtype, precision, channels, target)
-        for kernel in (*CONVOLUTIONS, *ELEMENTWISE)
+        Job(kernel, blocks, kernel_size, dtype, precision, channels, target)
+        for kernel in (*CONVOLUTIONS, *PENALTIES, *ACTIVATIONS)
+        for kernel_size in ((0,) if kernel in ACTIVATIONS else KERNEL_SIZES)
         for dtype, precision in (PRODUCTS if kernel in CONVOLUTIONS else ELEMENTS)
         for channels in (("multiple of 16", "any") if kernel in CONVOLUTIONS else ("any",))
-        for blocks in range(len(_blocks(kernel, dtype, precision, channels)))
+        for blocks in range(len(_blocks(kernel, dtype, precision, channels)) if kernel_size == KERNEL_SIZES[0] else 1)
         for target in TARGETS
     ]
 
 
 def _function_and_constants(job: Job) -> tuple[Any, dict[str, Any], dict[str, int]]:
-    """What is compiled: 3x3 filters, every optional tensor present."""
+    """What is compiled, with every optional tensor present."""
     from robust_node_fast.kernels import activation, configs, contraction_penalty, euler_conv
 
     name = job.kernel.split()[0]
     blocks = _blocks(job.kernel, job.dtype, job.precision, job.channels)[job.blocks]
     if blocks is not None:
-        constants = {**configs.constants(name, blocks), "KERNEL": 3, "PRECISION": job.precision, "WIDEN": False}
+        constants = {
+            **configs.constants(name, blocks),
+            "KERNEL": job.kernel_size,
+            "PRECISION": job.precision,
+            "WIDEN": False,
+        }
         if name == "weight_gradient":
             constants["ATOMIC"] = job.kernel.endswith(" atomic")
         return getattr(euler_conv, name), constants, {"num_warps": blocks.warps, "num_stages": blocks.stages}
     if name.startswith("penalty"):
         special = {"NORM": 1} if name == "penalty" else {"PER_CHANNEL": True}
-        return getattr(contraction_penalty, name), {**special, "TAPS": 9, **configs.PENALTY}, {}
+        return getattr(contraction_penalty, name), {**special, "TAPS": job.kernel_size**2, **configs.PENALTY}, {}
     return getattr(activation, name), {"BLOCK": configs.ELEMENTS}, {}
 
 
@@ -120,8 +133,8 @@ def _type(name: str, job: Job) -> str:
     return "fp32" if name in FLOATS else "i32"
 
 
-def compiled(job: Job) -> Any:
-    import triton
+def _source(job: Job) -> tuple[Any, Any, dict[str, int]]:
+    """What Triton's compiler is given: the kernel with its types and constants, the target, warps and stages."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -142,7 +155,19 @@ def compiled(job: Job) -> Any:
         attrs={(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
     target = GPUTarget("hip", job.target, 64) if job.target[:3] == "gfx" else GPUTarget("cuda", int(job.target[3:]), 32)
-    return triton.compile(source, target=target, options=options)
+    return source, target, options
+
+
+def digest(job: Job) -> str:
+    """Of what the compiled code depends on: the key under which Triton would look for it in its cache.
+
+    That covers the kernel's source, those of the functions it calls, where in the file it begins, types and constants;
+    the compiler is told apart by its version.
+    """
+    import triton
+
+    source, target, options = _source(job)
+    return hashlib.sha256(f"{source.hash()} {target} {options} {triton.__version__}".encode()).hexdigest()[:16]
 
 
 def _of_cubin(cubin: bytes) -> tuple[int, int]:
@@ -174,7 +199,8 @@ def _of_amdgcn(code: str) -> tuple[int, int]:
 def resources(job: Job) -> Resources:
     import triton
 
-    kernel = compiled(job)
+    source, target, options = _source(job)
+    kernel = triton.compile(source, target=target, options=options)
     amd = job.target.startswith("gfx")
     code = kernel.asm["amdgcn" if amd else "ptx"]
     registers, spilled = _of_amdgcn(code) if amd else _of_cubin(kernel.asm["cubin"])
@@ -182,6 +208,7 @@ def resources(job: Job) -> Resources:
     return Resources(
         job.kernel,
         configuration(job),
+        job.kernel_size,
         job.dtype,
         job.precision,
         job.channels,
@@ -191,12 +218,15 @@ def resources(job: Job) -> Resources:
         kernel.metadata.shared,
         max(sorted(set(found)), key=found.count) if found else "",
         triton.__version__,
+        digest(job),
     )
 
 
 def problems(row: Resources) -> Iterator[str]:
     """What must not be: spills, more shared memory than there is, low precision without tensor cores."""
-    name = f"{row.kernel} {row.configuration} {row.dtype} {row.precision} {row.channels} {row.target}"
+    name = (
+        f"{row.kernel} {row.configuration} k{row.kernel_size} {row.dtype} {row.precision} {row.channels} {row.target}"
+    )
     if row.spilled_bytes:
         yield f"{name}: {row.spilled_bytes} bytes spilled"
     if row.shared_bytes > SHARED_LIMIT[row.target]:
@@ -206,9 +236,15 @@ def problems(row: Resources) -> Iterator[str]:
         yield f"{name}: no tensor-core instruction"
 
 
+def _ignore_cache() -> None:
+    import triton
+
+    triton.knobs.compilation.always_compile = True
+
+
 def table(wanted: Iterable[Job], processes: int) -> list[Resources]:
     # Not forked: whoever calls may have threads.
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _ignore_cache) as pool:
         return list(pool.map(resources, wanted))
 
 
@@ -227,9 +263,17 @@ def read(path: Path) -> list[Resources]:
     return [Resources(**row) for row in rows]
 
 
-if __name__ == "__main__":
-    found = table(jobs(), min(2, os.cpu_count() or 1))
-    write(found, RESULTS)
-    wrong = [problem for row in found for problem in problems(row)]
-    print("\n".join(wrong) or f"{len(found)} kernels, none spills")
+def main() -> None:
+    known = {row.digest: row for row in read(RESULTS)} if RESULTS.exists() else {}
+    wanted = {job: digest(job) for job in jobs()}
+    changed = [job for job, key in wanted.items() if key not in known]
+    known |= {row.digest: row for row in table(changed, min(2, os.cpu_count() or 1))}
+    rows = [known[key] for key in wanted.values()]
+    write(rows, RESULTS)
+    wrong = [problem for row in rows for problem in problems(row)]
+    print("\n".join(wrong) or f"{len(rows)} kernels, {len(changed)} of them compiled anew, none spills")
     sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()

@@ -45,7 +45,8 @@ class Backend:
     build_info: dict[str, Any] = field(default_factory=dict)
     dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     module: str | None = None  # holds the implementations and is imported when first asked for one
-    limit: Callable[[str, tuple[int, ...], int], str | None] | None = None  # why not this op, with sizes, kernel size
+    # Why not this op, with dtype, sizes and kernel size.
+    limit: Callable[[str, torch.dtype, tuple[int, ...], int], str | None] | None = None
 
     def refuses(self, call: Call) -> str | None:
         """Why this back end does not take the call, or ``None`` if it does."""
@@ -61,7 +62,7 @@ class Backend:
         if call.kernel_size is not None and call.kernel_size not in (1, 3, 5):
             return f"has kernels for k in {{1, 3, 5}}, not {call.kernel_size}"
         if self.limit is not None and call.kernel_size is not None:
-            return self.limit(call.op, call.sizes, call.kernel_size)
+            return self.limit(call.op, call.dtype, call.sizes, call.kernel_size)
         return None
 
     def load(self) -> None:
@@ -230,7 +231,12 @@ def backend_info() -> dict[str, Any]:
         "backend": _chosen,
         "strict": os.environ.get("RNF_STRICT") == "1",
         "backends": {
-            name: {"available": backend.useless() is None, "reason": backend.useless(), **backend.build_info}
+            name: {
+                "available": backend.useless() is None,
+                "reason": backend.useless(),
+                "dtypes": [str(dtype).removeprefix("torch.") for dtype in backend.dtypes],
+                **backend.build_info,
+            }
             for name, backend in _BACKENDS.items()
         },
         "ops": ops,

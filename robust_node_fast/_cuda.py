@@ -1,7 +1,8 @@
 """The CUDA kernels (csrc/cuda/): allocates results in the contract's layout and hands over addresses.
 
-A flow runs in one launch while each sample's state is in a block's shared memory: for float32, k in {1, 3, 5}, up to 32
-channels, and images which ``refuses`` does not. The penalty takes any float32 filters.
+A flow runs in one launch while each sample's state is in a block's shared memory, in float32 whatever the tensors'
+dtype: for float32 and k in {1, 3, 5}, float16 or bfloat16 and k = 3, up to 32 channels, and images which ``refuses``
+does not. The penalty takes any filters of these dtypes.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from robust_node_fast import _checks, _layout
 
-DTYPES = (torch.float32,)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # in the order of registration.cpp
 
 _native: ModuleType | None
 try:
@@ -34,20 +35,24 @@ def missing() -> str | None:
     return None if torch.version.hip is None else "the CUDA library does not serve ROCm devices"
 
 
-def refuses(op: str, sizes: Sequence[int], kernel_size: int) -> str | None:
+def refuses(op: str, dtype: torch.dtype, sizes: Sequence[int], kernel_size: int) -> str | None:
     """Why ``op`` cannot run for these sizes, the device's number first and then ``C, H, W``; or ``None``.
 
     A flow must fit a block's shared memory; any filters fit the penalties. Without sizes: small ones.
     """
     if not torch.cuda.is_available():
         return "finds no CUDA device"
-    if op.startswith("contraction") or not sizes:
+    if op.startswith("contraction"):
         return None
-    device, *state = sizes
+    device, *state = sizes or (None, 1, 1, 1)
     native = _library()
-    needed, limit = native.flow_shared_bytes([1, *state, kernel_size, 1]), native.shared_memory_limit(device)
+    needed = native.flow_shared_bytes(DTYPES.index(dtype), [1, *state, kernel_size, 1])
     if needed == 0:
-        return f"has flows of up to 32 channels, not of {tuple(state)}"
+        most = "up to 32 channels, in 16 bits with k = 3"
+        return f"has flows of {most}, not of {tuple(state)} in {_name(dtype)} with k = {kernel_size}"
+    if device is None:
+        return None
+    limit = native.shared_memory_limit(device)
     return None if needed <= limit else f"needs {needed} bytes of shared memory for {tuple(state)}, {limit} there are"
 
 
@@ -63,10 +68,21 @@ def _queue(tensor: Tensor) -> tuple[int, int]:
     return index, torch.cuda.current_stream(index).cuda_stream
 
 
-def _address(name: str, tensor: Tensor, like: Tensor) -> int:
-    """Where the tensor is; the kernels read it as float32 on the device of ``like``."""
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _storage(tensor: Tensor) -> int:
+    """The tensor's dtype as the library counts them."""
     if tensor.dtype not in DTYPES:
-        raise TypeError(f"{name} has dtype {tensor.dtype}, expected float32")
+        raise TypeError(f"a tensor has dtype {_name(tensor.dtype)}, expected one of {', '.join(map(_name, DTYPES))}")
+    return DTYPES.index(tensor.dtype)
+
+
+def _address(name: str, tensor: Tensor, like: Tensor, dtype: torch.dtype | None = None) -> int:
+    """Where the tensor is; the kernels read it as ``dtype``, or that of ``like``, on the device of ``like``."""
+    if tensor.dtype != (dtype or like.dtype):
+        raise TypeError(f"{name} has dtype {_name(tensor.dtype)}, expected {_name(dtype or like.dtype)}")
     if tensor.device != like.device:
         raise ValueError(f"{name} is on {tensor.device}, expected {like.device}")
     return tensor.data_ptr()
@@ -78,7 +94,14 @@ def _dense(name: str, tensor: Tensor, like: Tensor) -> tuple[Tensor, int]:
     return dense, _address(name, dense, like)
 
 
-def _strided(name: str, tensor: Tensor | None, like: Tensor, states: int | None = None) -> Any:
+def _addressable(states: Tensor) -> Tensor:
+    """Itself, or a copy whose elements the kernels can reach."""
+    return states if _layout.addressable(states) else states.contiguous()
+
+
+def _strided(
+    name: str, tensor: Tensor | None, like: Tensor, states: int | None = None, dtype: torch.dtype | None = None
+) -> Any:
     """Address and strides of a state with the shape of ``like``, or of so many."""
     if tensor is None:
         return None
@@ -87,7 +110,12 @@ def _strided(name: str, tensor: Tensor | None, like: Tensor, states: int | None 
         raise ValueError(
             f"{name} has shape {tuple(tensor.shape)}, expected {' or '.join(map(str, map(tuple, allowed)))}"
         )
-    return _address(name, tensor, like), tensor.stride()
+    return _address(name, tensor, like, dtype), tensor.stride()
+
+
+def _saved(name: str, tensor: Tensor | None, input: Tensor, n_steps: int) -> Any:
+    """Address and strides of what each step keeps."""
+    return _strided(name, tensor, input, n_steps, _layout.saved_dtype(input.dtype))
 
 
 def _flow_sizes(input: Tensor, weight: Tensor, bias: Tensor | None, n_steps: int) -> tuple[list[int], bool]:
@@ -124,10 +152,12 @@ def _run_flow(
     states: Tensor | None,
     slopes: Tensor | None,
 ) -> None:
+    storage, input = _storage(input), _addressable(input)
     weight, filters = _dense("weight", weight, input)
     bias, biases = (None, None) if bias is None else _dense("bias", bias, input)
     _library().flow_forward(
         *_queue(input),
+        storage,
         *_flow_sizes(input, weight, bias, n_steps),
         step_size,
         negative_slope,
@@ -135,8 +165,8 @@ def _run_flow(
         filters,
         biases,
         _strided("output", output, input, n_steps + 1),
-        _strided("states", states, input, n_steps),
-        _strided("slopes", slopes, input, n_steps),
+        _saved("states", states, input, n_steps),
+        _saved("slopes", slopes, input, n_steps),
     )
 
 
@@ -186,10 +216,12 @@ def euler_conv_flow_backward(
     grad_weight = weight.new_empty(weight.shape) if output_mask[1] else None
     grad_bias = weight.new_empty(weight.shape[:-3]) if output_mask[2] else None
     if any(output_mask):
+        input, grad_output = _addressable(input), _addressable(grad_output)
         weight, filters = _dense("weight", weight, input)
         bias, biases = (None, None) if bias is None else _dense("bias", bias, input)
         _library().flow_backward(
             *_queue(input),
+            _storage(input),
             *_flow_sizes(input, weight, bias, n_steps),
             step_size,
             negative_slope,
@@ -197,8 +229,8 @@ def euler_conv_flow_backward(
             _strided("input", input, input),
             filters,
             biases,
-            _strided("states", states, input, n_steps),
-            _strided("slopes", slopes, input, n_steps),
+            _saved("states", states, input, n_steps),
+            _saved("slopes", slopes, input, n_steps),
             _strided("grad_input", grad_input, input),
             None if grad_weight is None else grad_weight.data_ptr(),
             None if grad_bias is None else grad_bias.data_ptr(),
@@ -244,6 +276,7 @@ def contraction_penalty(
     weight, filters = _dense("weight", weight, weight)
     _library().contraction_penalty(
         *_queue(weight),
+        _storage(weight),
         *_penalty_sizes(weight),
         rate,
         slope_low,
@@ -268,6 +301,7 @@ def contraction_penalty_backward(grad_output: Tensor, weight: Tensor, coefficien
         raise ValueError("grad_output and coefficients do not belong to this weight")
     _library().contraction_penalty_backward(
         *_queue(weight),
+        _storage(weight),
         *_penalty_sizes(weight),
         upstream,
         grad_output.dim() > 0,

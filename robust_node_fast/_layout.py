@@ -13,6 +13,12 @@ def memory_format(input: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
+def addressable(states: Tensor) -> bool:
+    """Whether the elements of each ``(C, H, W)`` lie less than 2^31 apart: what GPU kernels count in 32 bits."""
+    sizes, strides = states.shape[-3:], states.stride()[-3:]
+    return bool(sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True)) < 2**31)
+
+
 def empty_state(input: Tensor) -> Tensor:
     """An uninitialised ``(B, C, H, W)``."""
     return torch.empty_like(input, memory_format=memory_format(input))
@@ -23,14 +29,19 @@ def empty_trajectory(input: Tensor, states: int | torch.SymInt) -> Tensor:
     return _empty_states(input, states, memory_format(input), input.dtype)
 
 
+def saved_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of what is saved for ``dtype`` tensors: float32 for float16, in which slopes of small steps would be denormal."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 def empty_saved(
     input: Tensor, n_steps: int | torch.SymInt, save_states: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Uninitialised states (empty unless wanted) and slopes of all steps, for the backward pass of ``dtype`` tensors.
 
-    In float32 for float16: slopes of small steps would be denormal. Channels last where the kernels compute so.
+    Channels last where the kernels compute so.
     """
-    dtype = torch.float32 if dtype == torch.float16 else dtype
+    dtype = saved_dtype(dtype)
     order = torch.channels_last if input.shape[1] >= 16 else memory_format(input)
     states = _empty_states(input, n_steps, order, dtype) if save_states else input.new_empty(0, dtype=dtype)
     return states, _empty_states(input, n_steps, order, dtype)

@@ -139,8 +139,21 @@ def _each(tensors: Tensor) -> list[Tensor]:
 
 
 def _usable(tensor: Tensor) -> bool:
-    """Whether the fast blocks can work on it: where they serve, on channels in multiples of 16, only channels last."""
-    return tensor.shape[1] % configs.VECTOR != 0 or tensor.is_contiguous(memory_format=torch.channels_last)
+    """Whether kernels can work on it as it lies: the fast blocks, which serve channels in multiples of 16, only on
+    channels last; the others wherever a sample's elements can be addressed."""
+    if tensor.shape[1] % configs.VECTOR != 0:
+        return _layout.addressable(tensor)
+    return tensor.is_contiguous(memory_format=torch.channels_last)
+
+
+def _check_size(input: Tensor) -> None:
+    """Kernels count pixels and the elements of a sample in 32 bits, up to a block beyond the last."""
+    batch, channels, height, width = input.shape
+    if batch * height * width >= 2**31 - 1024 or channels * height * width >= 2**31 - 1024:
+        raise ValueError(
+            f"Triton's kernels count up to 2^31 pixels of a batch and elements of a sample, not {tuple(input.shape)}: "
+            "split the batch"
+        )
 
 
 def _run_flow(
@@ -159,6 +172,7 @@ def _run_flow(
     """
     if input.numel() == 0:
         return
+    _check_size(input)
     filters, biases = _packed(weight), None if bias is None else bias.contiguous().view(-1, bias.shape[-1])
     batch, channels, height, width = input.shape
     source = input if _usable(input) else input.contiguous(memory_format=torch.channels_last)
@@ -331,6 +345,7 @@ def euler_conv_flow_backward(
         )
     elif wants_weight and states is None:
         raise ValueError("slopes without states give no gradient of the weight")
+    _check_size(input)
     batch, channels, height, width = input.shape
     # All of the loop's tensors have the memory order of what was saved; only the result has its own.
     grad = _dense_like(grad_output[-1] if return_trajectory else grad_output, slopes[-1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,6 +35,13 @@ def random_state(shape: Sequence[int], layout: str = "contiguous", dtype: torch.
     if layout == "transposed":
         return torch.randn(w, h, c, b).to(dtype).permute(3, 2, 1, 0)
     raise AssertionError(layout)
+
+
+def far_apart(folder: Path) -> Tensor:
+    """A float16 state ``(2, 3, 2, 3)`` whose columns lie 2^30 apart, in a file that takes a few pages of a disk."""
+    memory = torch.from_file(str(folder / "sparse"), shared=True, size=2**31 + 64, dtype=torch.float16)
+    state = memory.as_strided((2, 3, 2, 3), (1, 2, 8, 2**30 + 8))
+    return state.copy_(torch.randn(state.shape))
 
 
 def random_filters(

@@ -8,6 +8,7 @@ tolerance; it ignores the precision of float32 products. A program takes it as l
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from helpers import (
     assert_close,
     assert_layout_kept,
     assert_same_non_finite,
+    far_apart,
     random_filters,
     random_state,
 )
@@ -94,6 +96,30 @@ def test_flow_and_gradients(dtype: torch.dtype, shape: tuple[int, ...], kernel: 
     grads = run("euler_conv_flow_backward", grad_output, input, weight, bias, *arguments)
     truth = reference.euler_conv_flow_backward(grad_output.double(), *wide, *arguments)
     assert_all_close(grads, truth, TOLERANCE[dtype])
+
+
+def test_elements_further_apart_than_32_bits_can_count(tmp_path: Path) -> None:
+    input = far_apart(tmp_path)
+    weight, bias = random_filters(3, 3, 2, True, input.dtype)
+    wide = exact([input, weight, bias])
+    found = run("euler_conv_flow", input, weight, bias, *FLOW, 2, False)
+    assert_close(found, reference.euler_conv_flow(*wide, step_size=0.3), TOLERANCE[input.dtype])
+    arguments = (*FLOW, 2, False, (True, True, True))
+    grads = run("euler_conv_flow_backward", input, input, weight, bias, *arguments)
+    assert_all_close(grads, reference.euler_conv_flow_backward(wide[0], *wide, *arguments), TOLERANCE[input.dtype])
+
+
+@pytest.mark.parametrize("shape", [(2**20, 1, 64, 32), (1, 2**11, 2**10, 2**10)])
+def test_more_pixels_or_elements_of_a_sample_than_32_bits_can_count_are_refused(shape: tuple[int, ...]) -> None:
+    input = torch.empty(shape, device="meta")
+    weight = torch.empty(1, shape[1], shape[1], 1, 1, device="meta")
+    with pytest.raises(ValueError, match="split the batch"):
+        _triton.euler_conv_flow(input, weight, None, *FLOW, 1, False)
+    slopes = torch.empty(1, *shape, device="meta")
+    with pytest.raises(ValueError, match="split the batch"):
+        _triton.euler_conv_flow_backward(
+            input, input, weight, None, *FLOW, 1, False, (True, False, False), None, slopes
+        )
 
 
 def test_several_programs_in_every_direction(small_blocks: None) -> None:

@@ -89,6 +89,7 @@ def test_info_names_every_op_and_why_others_were_passed_over() -> None:
     info = rnf.backend_info()
     json.dumps(info)
     assert {"euler_conv_flow", "euler_conv_flow_backward", "euler_conv_step", "contraction_penalty"} <= set(info["ops"])
+    assert info["backends"]["cuda"]["dtypes"] == ["float32", "float16", "bfloat16"]
     for name, backend in info["backends"].items():
         assert backend["available"] == (backend["reason"] is None), name
     cuda = info["ops"]["euler_conv_flow"]["cuda"]

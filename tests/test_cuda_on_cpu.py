@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import LAYOUTS, NORMS, REDUCTIONS, assert_close, random_filters, random_state
+from helpers import LAYOUTS, NORMS, REDUCTIONS, assert_close, far_apart, max_error, random_filters, random_state
 from torch import Tensor
 
 from robust_node_fast import _cuda, _ops, reference
@@ -43,6 +43,8 @@ SANITIZERS = [
     "-fno-sanitize=null,object-size,pointer-overflow",
     "-fno-sanitize-recover=all",
 ]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ULPS = 1
 OPTIONS = "malloc_fill_byte=255:max_malloc_fill_size=4194304"
 
 
@@ -144,41 +146,53 @@ def on_cpu(module: object, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def assert_as_reference(name: str, *args: object) -> None:
-    """The op on the CUDA road against the reference in float64, in the layout that the contract promises."""
+    """The op on the CUDA road against the reference in float64, in the layout that the contract promises.
+
+    float32 to the rounding of its sums; 16 bits with at most twice the error that PyTorch makes in them.
+    """
     found = _cuda.IMPLEMENTATIONS[name](*args)
+    same_dtype = _ops._DIFFERENTIABLE[name](*args)
     exact = _ops._DIFFERENTIABLE[name](*(a.double() if isinstance(a, Tensor) else a for a in args))
     promised = _ops._FAKES[name](*args)
     if isinstance(found, Tensor):
-        found, exact, promised = (found,), (exact,), (promised,)
-    for actual, wanted, template in zip(found, exact, promised, strict=True):
+        found, same_dtype, exact, promised = (found,), (same_dtype,), (exact,), (promised,)
+    for actual, theirs, wanted, template in zip(found, same_dtype, exact, promised, strict=True):
         assert actual.shape == template.shape
         assert actual.stride() == template.stride()
         assert actual.dtype == template.dtype
-        assert_close(actual, wanted, 4e-6)
+        if actual.dtype == torch.float32 and args[0].dtype == torch.float32:
+            assert_close(actual, wanted, 4e-6)
+        else:
+            scale = max(1.0, wanted.abs().max().item()) if wanted.numel() else 1.0
+            allowed = 2 * max_error(theirs, wanted) + ULPS * torch.finfo(actual.dtype).eps * scale
+            error = max_error(actual, wanted)
+            assert error <= allowed, f"error {error:.3e}, allowed {allowed:.3e}"
 
 
 @pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shared", [False, True])
-def test_flow_and_its_gradients(layout: str, shared: bool) -> None:
-    x = random_state((3, 17 if layout == "sliced" else 5, 6, 5), layout)
+def test_flow_and_its_gradients(layout: str, shared: bool, dtype: torch.dtype) -> None:
+    x = random_state((3, 17 if layout == "sliced" else 5, 6, 5), layout, dtype)
     steps = 3
-    weight, bias = random_filters(x.shape[1], 3, None if shared else steps, bias=not shared)
+    weight, bias = random_filters(x.shape[1], 3, None if shared else steps, not shared, dtype)
     settings = (0.1, 0.2, steps)
     trajectory = layout in ("contiguous", "expanded")
     assert_as_reference("euler_conv_flow", x, weight, bias, *settings, trajectory)
-    grad = torch.randn(steps + 1, *x.shape) if trajectory else random_state(x.shape, layout)
+    grad = torch.randn(steps + 1, *x.shape).to(dtype) if trajectory else random_state(x.shape, layout, dtype)
     for mask in ([True, True, True], [True, False, False], [False, True, False], [False, False, True], [False] * 3):
         assert_as_reference("euler_conv_flow_backward", grad, x, weight, bias, *settings, trajectory, mask)
-    expanded = torch.tensor(0.5).expand(grad.shape)
+    expanded = torch.tensor(0.5, dtype=dtype).expand(grad.shape)
     assert_as_reference("euler_conv_flow_backward", expanded, x, weight, bias, *settings, trajectory, [True] * 3)
 
 
 @pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("channels", [3, 18])
-def test_gradients_from_what_was_saved(channels: int) -> None:
-    x = random_state((2, channels, 4, 5))
-    weight, bias = random_filters(channels, 3, 2, bias=True)
+def test_gradients_from_what_was_saved(channels: int, dtype: torch.dtype) -> None:
+    x = random_state((2, channels, 4, 5), dtype=dtype)
+    weight, bias = random_filters(channels, 3, 2, True, dtype)
     for save_states in (True, False):
         assert_as_reference("euler_conv_flow_saving", x, weight, bias, 0.1, 0.2, 2, save_states)
     _, states, slopes = _cuda.euler_conv_flow_saving(x, weight, bias, 0.1, 0.2, 2, True)
@@ -190,21 +204,59 @@ def test_gradients_from_what_was_saved(channels: int) -> None:
 
 
 @pytest.mark.usefixtures("on_cpu")
-@pytest.mark.parametrize("kernel", [1, 3, 5])
-def test_step_and_empty_batch(kernel: int) -> None:
-    weight, bias = random_filters(4, kernel, None, bias=True)
+def test_elements_further_apart_than_32_bits_can_count(tmp_path: Path) -> None:
+    x = far_apart(tmp_path)
+    weight, bias = random_filters(3, 3, 2, True, x.dtype)
+    assert_as_reference("euler_conv_flow", x, weight, bias, 0.1, 0.2, 2, True)
+    assert_as_reference("euler_conv_flow_backward", x, x, weight, bias, 0.1, 0.2, 2, False, [True] * 3)
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize(("kernel", "dtype"), [(1, torch.float32), (5, torch.float32), *((3, d) for d in DTYPES)])
+def test_step_and_empty_batch(kernel: int, dtype: torch.dtype) -> None:
+    weight, bias = random_filters(4, kernel, None, True, dtype)
     for batch in (2, 0):
-        x = random_state((batch, 4, 5, 3))
+        x = random_state((batch, 4, 5, 3), dtype=dtype)
         assert_as_reference("euler_conv_step", x, weight, bias, 0.1, 0.2)
         assert_as_reference("euler_conv_step_backward", torch.randn_like(x), x, weight, bias, 0.1, 0.2, [True] * 3)
 
 
 @pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_16_bits_are_those_of_float32_rounded_once(dtype: torch.dtype) -> None:
+    """To the bit: nothing between a tensor and another one is in 16 bits. PyTorch rounds what float32 gives."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).view(64, 1, 32, 32)  # NaN and infinity too
+    identity = torch.zeros(1, 1, 1, 3, 3)
+    identity[..., 1, 1] = 1.0
+    flow = _cuda.euler_conv_flow
+    for step_size in (0.37, 1e-6):
+        args = every, identity.to(dtype), None, step_size, 0.1, 1, False
+        wide = flow(every.float(), identity, *args[2:]).to(dtype)
+        assert torch.equal(flow(*args).nan_to_num(12.0, 3.0, 4.0), wide.nan_to_num(12.0, 3.0, 4.0))
+    x, (weight, bias) = random_state((3, 6, 7, 5), "sliced", dtype), random_filters(6, 3, 3, True, dtype)
+    args = x, weight, bias, 0.3, 0.1, 3
+    wide_args = *(t.float() for t in args[:3]), *args[3:]
+    for trajectory in (False, True):
+        assert torch.equal(flow(*args, trajectory), flow(*wide_args, trajectory).to(dtype))
+    saved = _cuda.euler_conv_flow_saving(*args, True)
+    for mine, wide in zip(saved, _cuda.euler_conv_flow_saving(*wide_args, True), strict=True):
+        assert torch.equal(mine, wide.to(mine.dtype))
+    grad = torch.randn(x.shape).to(dtype)
+    again = _cuda.euler_conv_flow_backward(grad, *args, False, [True] * 3)
+    kept = _cuda.euler_conv_flow_backward(grad, *args, False, [True] * 3, *saved[1:])
+    assert all(map(torch.equal, again, kept))  # what is computed again is kept as if it had been saved
+    if dtype == torch.float16:  # keeps it in float32
+        wide_grads = _cuda.euler_conv_flow_backward(grad.float(), *wide_args, False, [True] * 3)
+        assert all(torch.equal(mine, wide.to(dtype)) for mine, wide in zip(again, wide_grads, strict=True))
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_penalty_and_its_gradient(norm: str, reduction: str) -> None:
+def test_penalty_and_its_gradient(norm: str, reduction: str, dtype: torch.dtype) -> None:
     for steps in (3, None):
-        weight = random_filters(9, 3, steps, bias=False)[0].transpose(-1, -2)  # not contiguous
+        weight = random_filters(9, 3, steps, False, dtype)[0].transpose(-1, -2)  # not contiguous
         args = weight, 0.5, 0.1, 1.0, norm, reduction
         assert_as_reference("contraction_penalty", *args)
         value, coefficients = reference.penalty_coefficients(weight, 0.5, (0.1, 1.0), norm, reduction)
@@ -214,15 +266,28 @@ def test_penalty_and_its_gradient(norm: str, reduction: str) -> None:
 @pytest.mark.usefixtures("on_cpu")
 def test_what_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert _cuda.refuses("euler_conv_flow", (0, 8, 28, 28), 3) is None
-    assert _cuda.refuses("contraction_penalty", (0, 64, 64, 3, 3), 3) is None
-    for state in ((32, 64, 64), (33, 4, 4)):
-        assert str(state) in (_cuda.refuses("euler_conv_flow", (0, *state), 3) or "")
+    for dtype in DTYPES:
+        assert _cuda.refuses("euler_conv_flow", dtype, (0, 8, 28, 28), 3) is None
+        assert _cuda.refuses("contraction_penalty", dtype, (0, 64, 64, 3, 3), 5) is None
+        for state in ((32, 64, 64), (33, 4, 4)):
+            assert str(state) in (_cuda.refuses("euler_conv_flow", dtype, (0, *state), 3) or "")
+        for sizes in ((0, 8, 28, 28), ()):
+            refused = _cuda.refuses("euler_conv_flow", dtype, sizes, 5)
+            assert refused is None if dtype == torch.float32 else "in 16 bits with k = 3" in (refused or "")
+    weight, _ = random_filters(3, 5, 1, False, torch.bfloat16)
+    with pytest.raises(ValueError, match="no CUDA kernel for this shape and dtype"):
+        _cuda.euler_conv_flow(random_state((1, 3, 4, 4), dtype=weight.dtype), weight, None, 0.1, 0.1, 1, False)
     weight, _ = random_filters(33, 3, 1, bias=False)
-    with pytest.raises(ValueError, match="does not fit into the shared memory"):
+    with pytest.raises(ValueError, match="no CUDA kernel for this shape and dtype"):
         _cuda.euler_conv_flow(random_state((1, 33, 4, 4)), weight, None, 0.1, 0.1, 1, False)
+    weight, _ = random_filters(32, 3, 1, bias=False)
+    with pytest.raises(ValueError, match="does not fit into the shared memory"):
+        _cuda.euler_conv_flow(random_state((1, 32, 32, 32)), weight, None, 0.1, 0.1, 1, False)
     weight, _ = random_filters(3, 3, 1, bias=False)
-    with pytest.raises(TypeError, match="expected float32"):
+    half = random_state((1, 3, 4, 4), dtype=torch.bfloat16)
+    with pytest.raises(TypeError, match="weight has dtype float32, expected bfloat16"):
+        _cuda.euler_conv_flow(half, weight, None, 0.1, 0.1, 1, False)
+    with pytest.raises(TypeError, match="expected one of float32, float16, bfloat16"):
         _cuda.euler_conv_flow(random_state((1, 3, 4, 4), dtype=torch.float64), weight, None, 0.1, 0.1, 1, False)
     with pytest.raises(ValueError, match="does not fit 4 channels"):
         _cuda.euler_conv_flow(random_state((1, 4, 4, 4)), weight, None, 0.1, 0.1, 1, False)

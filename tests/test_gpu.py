@@ -163,16 +163,22 @@ def test_weight_gradients_are_the_same_to_the_bit_when_deterministic(
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize(("channels", "kernel"), [(1, 3), (17, 5), (128, 3)])
-def test_penalty(norm: str, reduction: str, channels: int, kernel: int) -> None:
-    weight = moved(random_filters(channels, kernel, 3, False)[0])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_penalty(norm: str, reduction: str, channels: int, kernel: int, dtype: torch.dtype) -> None:
+    weight = moved(random_filters(channels, kernel, 3, False, dtype)[0])
     options = {"rate": 2.0, "norm": norm, "reduction": reduction}
     shape = (3, channels) if reduction == "none" else ()
     grad_output = torch.randn(shape, device=DEVICE)
     found = served(lambda: gradients(lambda w: functional.contraction_penalty(w, **options), weight, grad_output))
     wide = [weight[0].double()]
-    truth = gradients(lambda w: reference.contraction_penalty(w, **options), wide, grad_output)
-    for mine, theirs in zip(found, truth, strict=True):
-        assert_close(mine, theirs, 2e-6)
+    theirs, truth = (
+        gradients(lambda w: reference.contraction_penalty(w, **options), t, grad_output) for t in (weight, wide)
+    )
+    if dtype == torch.float32:
+        for mine, exact in zip(found, truth, strict=True):
+            assert_close(mine, exact, 2e-6)
+    else:
+        assert_as_accurate(found, theirs, truth)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -199,6 +205,21 @@ print((found - truth).abs().max().item())
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 5e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_mnist_flow_is_one_launch_under_autocast(backend: str, dtype: torch.dtype) -> None:
+    if backend != "cuda":
+        pytest.skip("Triton launches a kernel a step")
+    flow = rnf.nn.EulerConvFlow(8, 10, step_size=0.01).to(DEVICE)
+    x = torch.randn(16, 8, 28, 28, device=DEVICE)
+    with torch.no_grad(), torch.autocast(DEVICE, dtype):
+        assert flow(x).dtype == dtype
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            flow(x)
+            torch.cuda.synchronize()
+    launched = {event.key: event.count for event in profile.key_averages() if "flow_forward_kernel" in event.key}
+    assert sum(launched.values()) == 1, launched
 
 
 def test_a_cuda_graph_captures_forward_and_backward() -> None:

@@ -1,12 +1,16 @@
 // What the CUDA kernels compute, as plain structs of device pointers: no PyTorch in this folder, so that nvcc builds it
 // in seconds, and a CPU compiler builds it for the tests (tests/native/cuda_shim).
 //
-// All functions enqueue work on `stream`, which must belong to the current device, and return at once. Elements are
-// float32; no alignment beyond theirs is asked for.
+// All functions enqueue work on `stream`, which must belong to the current device, and return at once. T, what tensors
+// are stored in, is float, __half or __nv_bfloat16; all arithmetic is in float or double. No alignment beyond that of
+// an element is asked for.
 #pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+#include <type_traits>
 
 namespace rnf::cuda {
 
@@ -32,29 +36,35 @@ struct FlowShape {
   int64_t bank_size() const { return channels * channels * kernel * kernel; }
 };
 
+// What is kept of the steps for the backward pass: in float for __half, in which slopes of small steps are denormal.
+template <class T>
+using Saved = std::conditional_t<std::is_same_v<T, __half>, float, T>;
+
+template <class T>
 struct FlowForward {
   FlowShape shape;
   float step_size, negative_slope;
-  View<const float> input;
-  const float* weight;  // (banks, C, C, k, k) contiguous
-  const float* bias;    // (banks, C) contiguous or nullptr
-  Views<float> output;
-  bool trajectory;              // all N + 1 states are wanted, not only the last one
-  Views<float> states, slopes;  // states that enter the steps and slopes h s'(u), to be saved if there is room for them
+  View<const T> input;
+  const T* weight;  // (banks, C, C, k, k) contiguous
+  const T* bias;    // (banks, C) contiguous or nullptr
+  Views<T> output;
+  bool trajectory;                 // all N + 1 states are wanted, not only the last one
+  Views<Saved<T>> states, slopes;  // states that enter the steps and slopes h s'(u), to be saved if there is room
 };
 
+template <class T>
 struct FlowBackward {
   FlowShape shape;
   float step_size, negative_slope;
-  Views<const float> grad_output;
+  Views<const T> grad_output;
   bool trajectory;  // as in FlowForward
-  View<const float> input;
-  const float* weight;
-  const float* bias;
-  Views<float> states, slopes;  // as saved by the forward pass, or to be computed again; never written
-  View<float> grad_input;       // data == nullptr: not wanted; the same for the next two
-  float* grad_weight;           // (banks, C, C, k, k) contiguous
-  float* grad_bias;             // (banks, C) contiguous
+  View<const T> input;
+  const T* weight;
+  const T* bias;
+  Views<Saved<T>> states, slopes;  // as saved by the forward pass, or to be computed again; never written
+  View<T> grad_input;              // data == nullptr: not wanted; the same for the next two
+  T* grad_weight;                  // (banks, C, C, k, k) contiguous
+  T* grad_bias;                    // (banks, C) contiguous
 };
 
 // How a backward pass uses the device it was planned for.
@@ -66,37 +76,43 @@ struct BackwardPlan {
 enum class Norm : int64_t { two, two_sharp, inf, one };
 enum class Reduction : int64_t { sum, mean, none };
 
+template <class T>
 struct Penalty {
   int64_t steps, channels, kernel;
   double rate, slope_low, slope_high;
   Norm norm;
   Reduction reduction;
-  const float* weight;  // (N, C, C, k, k) contiguous
-  float* value;         // one, or (N, C) without reduction
-  float* coefficients;  // (N, 3, C): derivatives of each channel's term for centre tap, row sum and column sum
+  const T* weight;  // (N, C, C, k, k) contiguous
+  T* value;         // one, or (N, C) without reduction
+  T* coefficients;  // (N, 3, C): derivatives of each channel's term for centre tap, row sum and column sum
 };
 
+template <class T>
 struct PenaltyBackward {
   int64_t steps, channels, kernel;
-  const float* grad_output;  // one, or (N, C)
+  const T* grad_output;  // one, or (N, C)
   bool per_channel;
-  const float* weight;
-  const float* coefficients;
-  float* grad_weight;
+  const T* weight;
+  const T* coefficients;
+  T* grad_weight;
 };
 
 // Shared memory that one block takes to hold a sample for all steps, in either direction; 0 where there is no kernel
-// for the shape. Arithmetic only: no device is asked.
+// for the shape and T. Arithmetic only: no device is asked.
+template <class T>
 int64_t flow_shared_bytes(const FlowShape&);
-// Whether a device that lets one block have `shared_bytes` of shared memory can run it.
-bool flow_fits(const FlowShape&, int64_t shared_bytes);
 
-cudaError_t flow_forward(const FlowForward&, cudaStream_t stream);
-cudaError_t plan_flow_backward(const FlowBackward&, BackwardPlan* plan);
-cudaError_t flow_backward(const FlowBackward&, const BackwardPlan&, void* workspace, cudaStream_t stream);
+template <class T>
+cudaError_t flow_forward(const FlowForward<T>&, cudaStream_t stream);
+template <class T>
+cudaError_t plan_flow_backward(const FlowBackward<T>&, BackwardPlan* plan);
+template <class T>
+cudaError_t flow_backward(const FlowBackward<T>&, const BackwardPlan&, void* workspace, cudaStream_t stream);
 
-int64_t penalty_workspace_bytes(const Penalty&);
-cudaError_t contraction_penalty(const Penalty&, void* workspace, cudaStream_t stream);
-cudaError_t contraction_penalty_backward(const PenaltyBackward&, cudaStream_t stream);
+int64_t penalty_workspace_bytes(int64_t steps, int64_t channels);
+template <class T>
+cudaError_t contraction_penalty(const Penalty<T>&, void* workspace, cudaStream_t stream);
+template <class T>
+cudaError_t contraction_penalty_backward(const PenaltyBackward<T>&, cudaStream_t stream);
 
 }  // namespace rnf::cuda

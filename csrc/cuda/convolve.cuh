@@ -5,13 +5,14 @@
 #pragma once
 #include "activation.cuh"
 #include "state.cuh"
+#include "storage.h"
 
 namespace rnf::cuda {
 
 // The filters of one step as (groups, input channels, k, k, kGroup). kTranspose: those of the gradient, which takes
 // output channels to input channels and looks the other way.
-template <int K, bool kTranspose>
-__device__ __forceinline__ void load_filters(const Geometry& g, const float* __restrict__ weight, float* filters) {
+template <int K, bool kTranspose, class T>
+__device__ __forceinline__ void load_filters(const Geometry& g, const T* __restrict__ weight, float* filters) {
   constexpr int kTaps = K * K;
   for (int i = threadIdx.x; i < g.filters; i += blockDim.x) {
     const int line = i / kGroup, from_group = line / kTaps, tap = line - from_group * kTaps;
@@ -19,7 +20,7 @@ __device__ __forceinline__ void load_filters(const Geometry& g, const float* __r
     const int out = group * kGroup + i % kGroup;
     const int at =
         kTranspose ? (in * g.channels + out) * kTaps + (kTaps - 1 - tap) : (out * g.channels + in) * kTaps + tap;
-    filters[i] = out < g.channels ? __ldg(weight + at) : 0.0f;
+    filters[i] = out < g.channels ? widen(__ldg(weight + at)) : 0.0f;
   }
 }
 
@@ -40,10 +41,12 @@ template <int K>
 struct Convolution {
   float sum[kStripRows][kGroup];
 
-  __device__ __forceinline__ explicit Convolution(const Geometry& g, const Item& item, const float* bias) {
+  template <class T>
+  __device__ __forceinline__ explicit Convolution(const Geometry& g, const Item& item, const T* bias) {
 #pragma unroll
     for (int o = 0; o < kGroup; ++o) {
-      const float start = bias != nullptr && item.channel + o < g.channels ? __ldg(bias + item.channel + o) : 0.0f;
+      const bool there = bias != nullptr && item.channel + o < g.channels;
+      const float start = there ? widen(__ldg(bias + item.channel + o)) : 0.0f;
 #pragma unroll
       for (int r = 0; r < kStripRows; ++r) sum[r][o] = start;
     }
@@ -93,9 +96,9 @@ struct Convolution {
 };
 
 // next = z + h s(conv(z) + bias), and h s' of the same to `slopes` if there is such a place.
-template <int K>
+template <int K, class T>
 __device__ __forceinline__ void euler_step(const Geometry& g, const Activation& activation, const float* filters,
-                                           const float* bias, const float* z, float* next, const View<float>& slopes) {
+                                           const T* bias, const float* z, float* next, const View<Saved<T>>& slopes) {
   for (int index = threadIdx.x; index < g.items; index += blockDim.x) {
     const Item item(g, index);
     Convolution<K> convolution(g, item, bias);
@@ -104,7 +107,7 @@ __device__ __forceinline__ void euler_step(const Geometry& g, const Activation& 
       const float t = Activation::exp_of_minus_abs(u);
       const int at = g.at(channel, row, item.column);
       next[at] = z[at] + activation.value(u, t);
-      if (slopes.data != nullptr) element(slopes, channel, row, item.column) = activation.slope(u, t);
+      if (slopes.data != nullptr) element(slopes, channel, row, item.column) = narrow<Saved<T>>(activation.slope(u, t));
     });
   }
 }

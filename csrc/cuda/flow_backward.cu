@@ -16,33 +16,43 @@
 namespace rnf::cuda {
 namespace {
 
+template <class T>
+constexpr int64_t kInFloat = sizeof(float) / sizeof(Saved<T>);  // so many numbers of what is kept
+
 // Where things are in a block's piece of the workspace, counted in floats; what is not needed has no room.
 struct Workspace {
   int64_t states, slopes, grad, weight_sums, bias_sums, end;
-  static Workspace of(const FlowBackward& p, const Geometry& g) {
+  template <class T>
+  static Workspace of(const FlowBackward<T>& p, const Geometry& g) {
     const bool weights = p.grad_weight != nullptr;
     const int64_t sample = p.shape.channels * p.shape.height * p.shape.width, steps = p.shape.steps;
+    const int64_t kept = is_saved(p) ? 0 : (steps * sample + kInFloat<T> - 1) / kInFloat<T>;
     Workspace w{};
-    w.slopes = w.states + (is_saved(p) || !weights ? 0 : steps * sample);
-    w.grad = w.slopes + (is_saved(p) ? 0 : steps * sample);
+    w.slopes = w.states + (weights ? kept : 0);
+    w.grad = w.slopes + kept;
     w.weight_sums = w.grad + (weights ? g.state : 0);
     w.bias_sums = w.weight_sums + (weights ? p.shape.banks() * p.shape.bank_size() : 0);
     w.end = w.bias_sums + (p.grad_bias != nullptr ? p.shape.banks() * p.shape.channels : 0);
     return w;
   }
-  static bool is_saved(const FlowBackward& p) { return p.slopes.first.data != nullptr; }
+  template <class T>
+  static bool is_saved(const FlowBackward<T>& p) {
+    return p.slopes.first.data != nullptr;
+  }
 };
 
 // Room in the workspace for what each step leaves, as tensors whose "batch" is the blocks.
-Views<float> per_block(const Geometry& g, const Workspace& w, float* data) {
+template <class T>
+Views<Saved<T>> per_block(const Geometry& g, const Workspace& w, float* data) {
   const int area = g.height * g.width;
-  return {{data, w.end, area, g.width, 1}, static_cast<int64_t>(g.channels) * area};
+  return {{reinterpret_cast<Saved<T>*>(data), w.end * kInFloat<T>, area, g.width, 1},
+          static_cast<int64_t>(g.channels) * area};
 }
 
 // p.states and p.slopes are the workspace's unless `saved`.
-template <int K, bool kWeights>
+template <int K, bool kWeights, class T>
 __global__ void __launch_bounds__(kMostThreads, 1)
-    flow_backward_kernel(const Geometry g, const FlowBackward p, const bool saved, const Workspace w,
+    flow_backward_kernel(const Geometry g, const FlowBackward<T> p, const bool saved, const Workspace w,
                          float* workspace) {
   const SharedMemory shared(g);
   const Activation activation{p.negative_slope, p.step_size};
@@ -61,11 +71,11 @@ __global__ void __launch_bounds__(kMostThreads, 1)
       load_state(g, of_sample(p.input, sample), z);
       for (int64_t k = 0; k < steps; ++k) {
         const int64_t n = p.shape.shared ? 0 : k;
-        if (k == 0 || !p.shape.shared) load_filters<K, false>(g, p.weight + n * bank, shared.filters);
+        if (k == 0 || !p.shape.shared) load_filters<K, false, T>(g, p.weight + n * bank, shared.filters);
         __syncthreads();  // z and filters are there
         if (kWeights) store_state(g, z, of_sample(of_step(p.states, k), place));
-        const float* const bias = p.bias != nullptr ? p.bias + n * g.channels : nullptr;
-        euler_step<K>(g, activation, shared.filters, bias, z, next, of_sample(of_step(p.slopes, k), place));
+        const T* const bias = p.bias != nullptr ? p.bias + n * g.channels : nullptr;
+        euler_step<K, T>(g, activation, shared.filters, bias, z, next, of_sample(of_step(p.slopes, k), place));
         __syncthreads();  // next is there, z and filters are free
         float* const swap = z;
         z = next;
@@ -80,20 +90,20 @@ __global__ void __launch_bounds__(kMostThreads, 1)
       const int64_t n = p.shape.shared ? 0 : k;
       const bool last = k + 1 == steps, through = k > 0 || wants_input;
       if (!last) __syncthreads();  // grad is there; v, z and filters are free
-      if (through) load_filters<K, true>(g, p.weight + n * bank, shared.filters);
-      const View<float> slope = of_sample(of_step(p.slopes, k), place);
-      const View<const float> upstream = of_sample(of_step(p.grad_output, p.trajectory ? k + 1 : 0), sample);
+      if (through) load_filters<K, true, T>(g, p.weight + n * bank, shared.filters);
+      const View<Saved<T>> slope = of_sample(of_step(p.slopes, k), place);
+      const View<const T> upstream = of_sample(of_step(p.grad_output, p.trajectory ? k + 1 : 0), sample);
       for_each_element(g, slope, [&](int c, int row, int column) {
         const int at = g.at(c, row, column);
         float total = last ? 0.0f : grad[at];
-        if (last || p.trajectory) grad[at] = total += element(upstream, c, row, column);
-        v[at] = element(slope, c, row, column) * total;
+        if (last || p.trajectory) grad[at] = total += widen(element(upstream, c, row, column));
+        v[at] = widen(element(slope, c, row, column)) * total;
       });
       if (kWeights) load_state(g, of_sample(of_step(p.states, k), place), shared.second);
       __syncthreads();  // v, z and filters are there
       for (int index = threadIdx.x; index < g.items && through; index += blockDim.x) {
         const Item item(g, index);
-        Convolution<K> convolution(g, item, nullptr);
+        Convolution<K> convolution(g, item, static_cast<const T*>(nullptr));
         convolution.add(g, item, v, shared.filters);
         convolution.for_each(g, item,
                              [&](float sum, int channel, int row) { grad[g.at(channel, row, item.column)] += sum; });
@@ -103,11 +113,12 @@ __global__ void __launch_bounds__(kMostThreads, 1)
     }
     if (wants_input) {
       __syncthreads();  // grad is there
-      const View<const float> upstream = of_sample(p.grad_output.first, sample);
-      const View<float> to = of_sample(p.grad_input, sample);
+      const View<const T> upstream = of_sample(p.grad_output.first, sample);
+      const View<T> to = of_sample(p.grad_input, sample);
       for_each_element(g, to, [&](int c, int row, int column) {
-        const float total = grad[g.at(c, row, column)];
-        element(to, c, row, column) = p.trajectory ? total + element(upstream, c, row, column) : total;
+        float total = grad[g.at(c, row, column)];
+        if (p.trajectory) total += widen(element(upstream, c, row, column));
+        element(to, c, row, column) = narrow<T>(total);
       });
     }
   }
@@ -116,8 +127,9 @@ __global__ void __launch_bounds__(kMostThreads, 1)
 // Adds the blocks' sums: 32 of them a block, by kTerms threads each.
 constexpr int kTerms = 8;
 
+template <class T>
 __global__ void __launch_bounds__(kWarp* kTerms)
-    add_blocks_kernel(const FlowBackward p, const Workspace w, const float* workspace, int64_t blocks) {
+    add_blocks_kernel(const FlowBackward<T> p, const Workspace w, const float* workspace, int64_t blocks) {
   double* const partial = reinterpret_cast<double*>(shared_memory) + threadIdx.x;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kWarp + threadIdx.x, weights = w.bias_sums - w.weight_sums;
   const int64_t count = w.end - w.weight_sums;
@@ -128,29 +140,31 @@ __global__ void __launch_bounds__(kWarp* kTerms)
   __syncthreads();
   if (threadIdx.y != 0 || i >= count) return;
   for (int term = 1; term < kTerms; ++term) sum += partial[term * kWarp];
-  (i < weights ? p.grad_weight[i] : p.grad_bias[i - weights]) = static_cast<float>(sum);
+  (i < weights ? p.grad_weight[i] : p.grad_bias[i - weights]) = narrow<T>(static_cast<float>(sum));
 }
 
 // Calls body(kernel) with the kernel for p.
-template <class Body>
-cudaError_t with_kernel(const FlowBackward& p, const Body& body) {
-  return with_kernel_size(p.shape, [&](auto kernel) {
+template <class T, class Body>
+cudaError_t with_kernel(const FlowBackward<T>& p, const Body& body) {
+  return with_kernel_size<T>(p.shape, [&](auto kernel) {
     constexpr int kKernel = decltype(kernel)::value;
-    return p.grad_weight != nullptr ? body(flow_backward_kernel<kKernel, true>)
-                                    : body(flow_backward_kernel<kKernel, false>);
+    return p.grad_weight != nullptr ? body(flow_backward_kernel<kKernel, true, T>)
+                                    : body(flow_backward_kernel<kKernel, false, T>);
   });
 }
 
-cudaError_t clear(float* data, int64_t count, cudaStream_t stream) {
+template <class T>
+cudaError_t clear(T* data, int64_t count, cudaStream_t stream) {
   if (data == nullptr || count == 0) return cudaSuccess;
-  return cudaMemsetAsync(data, 0, static_cast<std::size_t>(count) * sizeof(float), stream);
+  return cudaMemsetAsync(data, 0, static_cast<std::size_t>(count) * sizeof(T), stream);
 }
 
 }  // namespace
 
-cudaError_t plan_flow_backward(const FlowBackward& p, BackwardPlan* plan) {
+template <class T>
+cudaError_t plan_flow_backward(const FlowBackward<T>& p, BackwardPlan* plan) {
   *plan = {0, 0};
-  if (flow_shared_bytes(p.shape) == 0) return cudaErrorInvalidValue;
+  if (flow_shared_bytes<T>(p.shape) == 0) return cudaErrorInvalidValue;
   if (p.shape.batch == 0) return cudaSuccess;
   const Geometry g = Geometry::of(p.shape);
   int device = 0, processors = 0, at_a_time = 0;
@@ -171,8 +185,9 @@ cudaError_t plan_flow_backward(const FlowBackward& p, BackwardPlan* plan) {
   return cudaSuccess;
 }
 
-cudaError_t flow_backward(const FlowBackward& p, const BackwardPlan& plan, void* workspace, cudaStream_t stream) {
-  if (flow_shared_bytes(p.shape) == 0) return cudaErrorInvalidValue;
+template <class T>
+cudaError_t flow_backward(const FlowBackward<T>& p, const BackwardPlan& plan, void* workspace, cudaStream_t stream) {
+  if (flow_shared_bytes<T>(p.shape) == 0) return cudaErrorInvalidValue;
   if (p.shape.batch == 0) {
     const cudaError_t status = clear(p.grad_weight, p.shape.banks() * p.shape.bank_size(), stream);
     return status != cudaSuccess ? status : clear(p.grad_bias, p.shape.banks() * p.shape.channels, stream);
@@ -181,17 +196,27 @@ cudaError_t flow_backward(const FlowBackward& p, const BackwardPlan& plan, void*
   const Workspace w = Workspace::of(p, g);
   float* const floats = static_cast<float*>(workspace);
   const bool saved = Workspace::is_saved(p);
-  FlowBackward placed = p;
-  if (!saved) placed.states = per_block(g, w, floats + w.states), placed.slopes = per_block(g, w, floats + w.slopes);
+  FlowBackward<T> placed = p;
+  if (!saved) {
+    placed.states = per_block<T>(g, w, floats + w.states);
+    placed.slopes = per_block<T>(g, w, floats + w.slopes);
+  }
   const cudaError_t status = with_kernel(p, [&](auto kernel) {
     return launch(kernel, dim3(static_cast<unsigned>(plan.blocks)), dim3(static_cast<unsigned>(g.threads)),
                   g.shared_bytes(), stream, g, placed, saved, w, floats);
   });
   const int64_t sums = w.end - w.weight_sums;
   if (status != cudaSuccess || sums == 0) return status;
-  return launch(add_blocks_kernel, dim3(static_cast<unsigned>((sums + kWarp - 1) / kWarp)), dim3(kWarp, kTerms),
+  return launch(add_blocks_kernel<T>, dim3(static_cast<unsigned>((sums + kWarp - 1) / kWarp)), dim3(kWarp, kTerms),
                 static_cast<int64_t>(sizeof(double)) * kWarp * kTerms, stream, p, w, static_cast<const float*>(floats),
                 plan.blocks);
 }
+
+template cudaError_t plan_flow_backward(const FlowBackward<float>&, BackwardPlan*);
+template cudaError_t plan_flow_backward(const FlowBackward<__half>&, BackwardPlan*);
+template cudaError_t plan_flow_backward(const FlowBackward<__nv_bfloat16>&, BackwardPlan*);
+template cudaError_t flow_backward(const FlowBackward<float>&, const BackwardPlan&, void*, cudaStream_t);
+template cudaError_t flow_backward(const FlowBackward<__half>&, const BackwardPlan&, void*, cudaStream_t);
+template cudaError_t flow_backward(const FlowBackward<__nv_bfloat16>&, const BackwardPlan&, void*, cudaStream_t);
 
 }  // namespace rnf::cuda

@@ -55,17 +55,18 @@ struct Geometry {
   }
 };
 
+// 16-bit tensors have kernels for k = 3 alone: each further combination takes nvcc seconds and the library 150 KiB.
+template <class T>
+constexpr bool kHasAllKernelSizes = std::is_same_v<T, float>;
+
 // Calls body(k) with k as a type, and returns what it returns.
-template <class Body>
+template <class T, class Body>
 cudaError_t with_kernel_size(const FlowShape& shape, const Body& body) {
-  switch (shape.kernel) {
-    case 1:
-      return body(std::integral_constant<int, 1>{});
-    case 3:
-      return body(std::integral_constant<int, 3>{});
-    default:
-      return body(std::integral_constant<int, 5>{});
+  if constexpr (kHasAllKernelSizes<T>) {
+    if (shape.kernel == 1) return body(std::integral_constant<int, 1>{});
+    if (shape.kernel == 5) return body(std::integral_constant<int, 5>{});
   }
+  return body(std::integral_constant<int, 3>{});
 }
 
 }  // namespace rnf::cuda

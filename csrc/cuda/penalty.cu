@@ -5,6 +5,7 @@
 // adds in the same order. Sums run in double: thousands of terms, compared with a threshold.
 #include "api.h"
 #include "launch.h"
+#include "storage.h"
 
 namespace rnf::cuda {
 
@@ -23,15 +24,15 @@ struct Workspace {
   unsigned* tickets;  // (N + 1), zero: how many blocks of each step, and how many steps, are done
   int64_t bytes;
 
-  static Workspace of(const Penalty& p, void* data) {
+  static Workspace of(int64_t steps, int64_t channels, void* data) {
     Workspace w{};
-    w.slabs = (p.channels + kRows - 1) / kRows;
+    w.slabs = (channels + kRows - 1) / kRows;
     w.rows = static_cast<double*>(data);
-    w.columns = w.rows + p.steps * p.channels;
-    w.totals = w.columns + p.steps * w.slabs * p.channels;
-    w.tickets = reinterpret_cast<unsigned*>(w.totals + p.steps);
-    w.bytes = static_cast<int64_t>(sizeof(double)) * p.steps * (p.channels + w.slabs * p.channels + 1) +
-              static_cast<int64_t>(sizeof(unsigned)) * (p.steps + 1);
+    w.columns = w.rows + steps * channels;
+    w.totals = w.columns + steps * w.slabs * channels;
+    w.tickets = reinterpret_cast<unsigned*>(w.totals + steps);
+    w.bytes = static_cast<int64_t>(sizeof(double)) * steps * (channels + w.slabs * channels + 1) +
+              static_cast<int64_t>(sizeof(unsigned)) * (steps + 1);
     return w;
   }
 };
@@ -56,7 +57,8 @@ __device__ __forceinline__ double sign(double x) { return static_cast<double>((x
 // One channel's argument of the hinge and its derivatives for centre tap, row sum and column sum.
 struct Term {
   double argument, dm, dr, dq;
-  __device__ __forceinline__ Term(const Penalty& p, double m, double r, double q) {
+  template <class T>
+  __device__ __forceinline__ Term(const Penalty<T>& p, double m, double r, double q) {
     const double a = p.slope_low, b = p.slope_high;
     switch (p.norm) {
       case Norm::two:
@@ -79,23 +81,24 @@ struct Term {
   }
 };
 
-// kArea: the number of taps where the compiler knows it, else 0.
-template <int kArea>
-__global__ void __launch_bounds__(kThreads) penalty_kernel(const Penalty p, const Workspace w) {
+// kArea: the number of taps where the compiler knows it, else 0. Four blocks at a time leave a thread 64 registers;
+// left to itself nvcc took 48 and spilled.
+template <int kArea, class T>
+__global__ void __launch_bounds__(kThreads, 4) penalty_kernel(const Penalty<T> p, const Workspace w) {
   double* const magnitudes = reinterpret_cast<double*>(shared_memory);  // (kRows, kWarp)
   unsigned* const flag = reinterpret_cast<unsigned*>(magnitudes + kThreads);
   const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
   const int64_t channels = p.channels, area = kArea > 0 ? kArea : p.kernel * p.kernel;
   const int64_t step = blockIdx.x / w.slabs, slab = blockIdx.x % w.slabs, row = slab * kRows + warp;
-  const float* const weight = p.weight + step * channels * channels * area;
+  const T* const weight = p.weight + step * channels * channels * area;
 
   double row_sum = 0.0;
   for (int64_t first = 0; first < channels; first += kWarp) {
     const int64_t column = first + lane;
     double magnitude = 0.0;
     if (row < channels && column < channels) {
-      const float* const taps = weight + (row * channels + column) * area;
-      for (int64_t tap = 0; tap < area; ++tap) magnitude += fabs(static_cast<double>(__ldg(taps + tap)));
+      const T* const taps = weight + (row * channels + column) * area;
+      for (int64_t tap = 0; tap < area; ++tap) magnitude += fabs(static_cast<double>(widen(__ldg(taps + tap))));
     }
     row_sum += magnitude;
     magnitudes[threadIdx.x] = magnitude;
@@ -112,20 +115,20 @@ __global__ void __launch_bounds__(kThreads) penalty_kernel(const Penalty p, cons
   if (!is_last_block(w.tickets + step, w.slabs, flag)) return;
 
   const double scale = p.reduction == Reduction::mean ? 1.0 / static_cast<double>(p.steps * channels) : 1.0;
-  float* const coefficients = p.coefficients + step * 3 * channels;
+  T* const coefficients = p.coefficients + step * 3 * channels;
   double total = 0.0;
   for (int64_t d = threadIdx.x; d < channels; d += kThreads) {
-    const double m = static_cast<double>(__ldg(weight + (d * channels + d) * area + area / 2));
+    const double m = static_cast<double>(widen(__ldg(weight + (d * channels + d) * area + area / 2)));
     double column_sum = 0.0;
     for (int64_t s = 0; s < w.slabs; ++s) column_sum += w.columns[(step * w.slabs + s) * channels + d];
     const Term term(p, m, w.rows[step * channels + d] - fabs(m), column_sum - fabs(m));
     const bool active = !(term.argument <= 0);  // so that NaN counts, as in PyTorch's relu
     const double excess = active ? term.argument : 0.0, factor = active ? scale : 0.0;
-    coefficients[d] = static_cast<float>(term.dm * factor);
-    coefficients[channels + d] = static_cast<float>(term.dr * factor);
-    coefficients[2 * channels + d] = static_cast<float>(term.dq * factor);
+    coefficients[d] = narrow<T>(static_cast<float>(term.dm * factor));
+    coefficients[channels + d] = narrow<T>(static_cast<float>(term.dr * factor));
+    coefficients[2 * channels + d] = narrow<T>(static_cast<float>(term.dq * factor));
     total += excess;
-    if (p.reduction == Reduction::none) p.value[step * channels + d] = static_cast<float>(excess);
+    if (p.reduction == Reduction::none) p.value[step * channels + d] = narrow<T>(static_cast<float>(excess));
   }
   if (p.reduction == Reduction::none) return;
 
@@ -139,27 +142,27 @@ __global__ void __launch_bounds__(kThreads) penalty_kernel(const Penalty p, cons
   if (!is_last_block(w.tickets + p.steps, p.steps, flag) || threadIdx.x != 0) return;
   double sum = 0.0;
   for (int64_t n = 0; n < p.steps; ++n) sum += w.totals[n];
-  *p.value = static_cast<float>(sum * scale);
+  *p.value = narrow<T>(static_cast<float>(sum * scale));
 }
 
 // One block an output channel of a step.
-template <int kArea>
-__global__ void __launch_bounds__(kThreads) penalty_backward_kernel(const PenaltyBackward p) {
+template <int kArea, class T>
+__global__ void __launch_bounds__(kThreads) penalty_backward_kernel(const PenaltyBackward<T> p) {
   const int64_t channels = p.channels, area = kArea > 0 ? kArea : p.kernel * p.kernel;
   const int64_t step = blockIdx.x / channels, d = blockIdx.x % channels, line = blockIdx.x * channels * area;
-  const float* const coefficient = p.coefficients + step * 3 * channels;
+  const T* const coefficient = p.coefficients + step * 3 * channels;
   const auto scaled = [&](int64_t which, int64_t channel) {
-    return __ldg(coefficient + which * channels + channel) *
-           __ldg(p.grad_output + (p.per_channel ? step * channels + channel : 0));
+    return widen(__ldg(coefficient + which * channels + channel)) *
+           widen(__ldg(p.grad_output + (p.per_channel ? step * channels + channel : 0)));
   };
   const float dm = scaled(0, d), dr = scaled(1, d);
   for (int64_t i = threadIdx.x; i < channels * area; i += kThreads) {
     const int64_t e = i / area, tap = i - e * area;
-    const float w = __ldg(p.weight + line + i), magnitude = dr + scaled(2, e);
+    const float w = widen(__ldg(p.weight + line + i)), magnitude = dr + scaled(2, e);
     float gradient = w == 0.0f ? 0.0f * magnitude : copysignf(1.0f, w) * magnitude;
     if (w != w) gradient = w;  // a NaN filter gives a NaN gradient
     if (e == d && tap == area / 2) gradient = dm;
-    p.grad_weight[line + i] = gradient;
+    p.grad_weight[line + i] = narrow<T>(gradient);
   }
 }
 
@@ -170,25 +173,38 @@ bool valid(int64_t steps, int64_t channels, int64_t kernel) {
 
 }  // namespace
 
-int64_t penalty_workspace_bytes(const Penalty& p) { return Workspace::of(p, nullptr).bytes; }
+int64_t penalty_workspace_bytes(int64_t steps, int64_t channels) {
+  return Workspace::of(steps, channels, nullptr).bytes;
+}
 
-cudaError_t contraction_penalty(const Penalty& p, void* workspace, cudaStream_t stream) {
+template <class T>
+cudaError_t contraction_penalty(const Penalty<T>& p, void* workspace, cudaStream_t stream) {
   if (!valid(p.steps, p.channels, p.kernel)) return cudaErrorInvalidValue;
-  const Workspace w = Workspace::of(p, workspace);
+  const Workspace w = Workspace::of(p.steps, p.channels, workspace);
   const cudaError_t status =
       cudaMemsetAsync(w.tickets, 0, static_cast<std::size_t>(p.steps + 1) * sizeof(unsigned), stream);
   if (status != cudaSuccess) return status;
-  const auto kernel = p.kernel == 3 ? penalty_kernel<9> : p.kernel == 5 ? penalty_kernel<25> : penalty_kernel<0>;
+  const auto kernel = p.kernel == 3   ? penalty_kernel<9, T>
+                      : p.kernel == 5 ? penalty_kernel<25, T>
+                                      : penalty_kernel<0, T>;
   return launch(kernel, dim3(static_cast<unsigned>(p.steps * w.slabs)), dim3(kThreads),
                 static_cast<int64_t>(sizeof(double)) * (kThreads + 1), stream, p, w);
 }
 
-cudaError_t contraction_penalty_backward(const PenaltyBackward& p, cudaStream_t stream) {
+template <class T>
+cudaError_t contraction_penalty_backward(const PenaltyBackward<T>& p, cudaStream_t stream) {
   if (!valid(p.steps, p.channels, p.kernel)) return cudaErrorInvalidValue;
-  const auto kernel = p.kernel == 3   ? penalty_backward_kernel<9>
-                      : p.kernel == 5 ? penalty_backward_kernel<25>
-                                      : penalty_backward_kernel<0>;
+  const auto kernel = p.kernel == 3   ? penalty_backward_kernel<9, T>
+                      : p.kernel == 5 ? penalty_backward_kernel<25, T>
+                                      : penalty_backward_kernel<0, T>;
   return launch(kernel, dim3(static_cast<unsigned>(p.steps * p.channels)), dim3(kThreads), 0, stream, p);
 }
+
+template cudaError_t contraction_penalty(const Penalty<float>&, void*, cudaStream_t);
+template cudaError_t contraction_penalty(const Penalty<__half>&, void*, cudaStream_t);
+template cudaError_t contraction_penalty(const Penalty<__nv_bfloat16>&, void*, cudaStream_t);
+template cudaError_t contraction_penalty_backward(const PenaltyBackward<float>&, cudaStream_t);
+template cudaError_t contraction_penalty_backward(const PenaltyBackward<__half>&, cudaStream_t);
+template cudaError_t contraction_penalty_backward(const PenaltyBackward<__nv_bfloat16>&, cudaStream_t);
 
 }  // namespace rnf::cuda

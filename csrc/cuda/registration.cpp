@@ -12,6 +12,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -21,7 +22,25 @@ namespace {
 
 using rnf::cuda::FlowShape;
 typedef std::uintptr_t Address;
+typedef std::function<Address(int64_t)> Allocate;
 typedef std::array<int64_t, 6> Sizes;  // batch, channels, height, width, kernel, steps
+
+// What tensors are stored in: an index of _cuda.DTYPES.
+enum class Storage : int64_t { float32, float16, bfloat16 };
+
+// Calls body(T*) with a null pointer of that type, and returns what it returns.
+template <class Body>
+auto with_storage(int64_t storage, const Body& body) {
+  switch (static_cast<Storage>(storage)) {
+    case Storage::float32:
+      return body(static_cast<float*>(nullptr));
+    case Storage::float16:
+      return body(static_cast<__half*>(nullptr));
+    case Storage::bfloat16:
+      return body(static_cast<__nv_bfloat16*>(nullptr));
+  }
+  throw std::invalid_argument("no such storage");
+}
 
 // A state (B, C, H, W) or several (.., B, C, H, W): address and strides.
 typedef std::pair<Address, std::vector<int64_t>> Strided;
@@ -91,98 +110,119 @@ int64_t shared_memory_limit(int device) {
   return bytes;
 }
 
+template <class T>
 void check_fits(const FlowShape& shape, int device) {
-  if (!rnf::cuda::flow_fits(shape, shared_memory_limit(device)))
+  const int64_t needed = rnf::cuda::flow_shared_bytes<T>(shape);
+  if (needed == 0) throw std::invalid_argument("robust_node_fast: there is no CUDA kernel for this shape and dtype");
+  if (needed > shared_memory_limit(device))
     throw std::invalid_argument("robust_node_fast: one sample does not fit into the shared memory of a block");
 }
 
-void flow_forward(int device, Address stream, const Sizes& sizes, bool shared, float step_size, float negative_slope,
-                  const Strided& input, Address weight, std::optional<Address> bias, const Strided& output,
-                  const std::optional<Strided>& states, const std::optional<Strided>& slopes) {
+void flow_forward(int device, Address stream, int64_t storage, const Sizes& sizes, bool shared, float step_size,
+                  float negative_slope, const Strided& input, Address weight, std::optional<Address> bias,
+                  const Strided& output, const std::optional<Strided>& states, const std::optional<Strided>& slopes) {
   const FlowShape shape = flow_shape(sizes, shared);
-  const rnf::cuda::FlowForward p{shape,
-                                 step_size,
-                                 negative_slope,
-                                 views<const float>(input, shape).first,
-                                 pointer<const float>(weight),
-                                 pointer<const float>(bias),
-                                 views<float>(output, shape),
-                                 is_trajectory(output),
-                                 views<float>(states, shape),
-                                 views<float>(slopes, shape)};
-  const DeviceGuard guard(device);
-  check_fits(shape, device);
-  check(rnf::cuda::flow_forward(p, pointer<CUstream_st>(stream)), "the flow");
+  with_storage(storage, [&](auto* of_type) {
+    typedef std::remove_pointer_t<decltype(of_type)> T;
+    typedef rnf::cuda::Saved<T> Saved;
+    const rnf::cuda::FlowForward<T> p{shape,
+                                      step_size,
+                                      negative_slope,
+                                      views<const T>(input, shape).first,
+                                      pointer<const T>(weight),
+                                      pointer<const T>(bias),
+                                      views<T>(output, shape),
+                                      is_trajectory(output),
+                                      views<Saved>(states, shape),
+                                      views<Saved>(slopes, shape)};
+    const DeviceGuard guard(device);
+    check_fits<T>(shape, device);
+    check(rnf::cuda::flow_forward(p, pointer<CUstream_st>(stream)), "the flow");
+  });
 }
 
-void flow_backward(int device, Address stream, const Sizes& sizes, bool shared, float step_size, float negative_slope,
-                   const Strided& grad_output, const Strided& input, Address weight, std::optional<Address> bias,
-                   const std::optional<Strided>& states, const std::optional<Strided>& slopes,
-                   const std::optional<Strided>& grad_input, std::optional<Address> grad_weight,
-                   std::optional<Address> grad_bias, const std::function<Address(int64_t)>& allocate) {
+void flow_backward(int device, Address stream, int64_t storage, const Sizes& sizes, bool shared, float step_size,
+                   float negative_slope, const Strided& grad_output, const Strided& input, Address weight,
+                   std::optional<Address> bias, const std::optional<Strided>& states,
+                   const std::optional<Strided>& slopes, const std::optional<Strided>& grad_input,
+                   std::optional<Address> grad_weight, std::optional<Address> grad_bias, const Allocate& allocate) {
   const FlowShape shape = flow_shape(sizes, shared);
   if (slopes && !states && grad_weight)
     throw std::invalid_argument("the weight's gradient takes the states beside the slopes");
-  const rnf::cuda::FlowBackward p{shape,
-                                  step_size,
-                                  negative_slope,
-                                  views<const float>(grad_output, shape),
-                                  is_trajectory(grad_output),
-                                  views<const float>(input, shape).first,
-                                  pointer<const float>(weight),
-                                  pointer<const float>(bias),
-                                  views<float>(states, shape),
-                                  views<float>(slopes, shape),
-                                  views<float>(grad_input, shape).first,
-                                  pointer<float>(grad_weight),
-                                  pointer<float>(grad_bias)};
-  const DeviceGuard guard(device);
-  check_fits(shape, device);
-  rnf::cuda::BackwardPlan plan{};
-  check(rnf::cuda::plan_flow_backward(p, &plan), "planning the flow's gradient");
-  void* const workspace = pointer<void>(allocate(plan.workspace_bytes));
-  check(rnf::cuda::flow_backward(p, plan, workspace, pointer<CUstream_st>(stream)), "the flow's gradient");
+  with_storage(storage, [&](auto* of_type) {
+    typedef std::remove_pointer_t<decltype(of_type)> T;
+    typedef rnf::cuda::Saved<T> Saved;
+    const rnf::cuda::FlowBackward<T> p{shape,
+                                       step_size,
+                                       negative_slope,
+                                       views<const T>(grad_output, shape),
+                                       is_trajectory(grad_output),
+                                       views<const T>(input, shape).first,
+                                       pointer<const T>(weight),
+                                       pointer<const T>(bias),
+                                       views<Saved>(states, shape),
+                                       views<Saved>(slopes, shape),
+                                       views<T>(grad_input, shape).first,
+                                       pointer<T>(grad_weight),
+                                       pointer<T>(grad_bias)};
+    const DeviceGuard guard(device);
+    check_fits<T>(shape, device);
+    rnf::cuda::BackwardPlan plan{};
+    check(rnf::cuda::plan_flow_backward(p, &plan), "planning the flow's gradient");
+    void* const workspace = pointer<void>(allocate(plan.workspace_bytes));
+    check(rnf::cuda::flow_backward(p, plan, workspace, pointer<CUstream_st>(stream)), "the flow's gradient");
+  });
 }
 
-void contraction_penalty(int device, Address stream, int64_t steps, int64_t channels, int64_t kernel, double rate,
-                         double slope_low, double slope_high, int64_t norm, int64_t reduction, Address weight,
-                         Address value, Address coefficients, const std::function<Address(int64_t)>& allocate) {
-  const rnf::cuda::Penalty p{steps,
-                             channels,
-                             kernel,
-                             rate,
-                             slope_low,
-                             slope_high,
-                             static_cast<rnf::cuda::Norm>(norm),
-                             static_cast<rnf::cuda::Reduction>(reduction),
-                             pointer<const float>(weight),
-                             pointer<float>(value),
-                             pointer<float>(coefficients)};
-  const DeviceGuard guard(device);
-  void* const workspace = pointer<void>(allocate(rnf::cuda::penalty_workspace_bytes(p)));
-  check(rnf::cuda::contraction_penalty(p, workspace, pointer<CUstream_st>(stream)), "the penalty");
+void contraction_penalty(int device, Address stream, int64_t storage, int64_t steps, int64_t channels, int64_t kernel,
+                         double rate, double slope_low, double slope_high, int64_t norm, int64_t reduction,
+                         Address weight, Address value, Address coefficients, const Allocate& allocate) {
+  with_storage(storage, [&](auto* of_type) {
+    typedef std::remove_pointer_t<decltype(of_type)> T;
+    const rnf::cuda::Penalty<T> p{steps,
+                                  channels,
+                                  kernel,
+                                  rate,
+                                  slope_low,
+                                  slope_high,
+                                  static_cast<rnf::cuda::Norm>(norm),
+                                  static_cast<rnf::cuda::Reduction>(reduction),
+                                  pointer<const T>(weight),
+                                  pointer<T>(value),
+                                  pointer<T>(coefficients)};
+    const DeviceGuard guard(device);
+    void* const workspace = pointer<void>(allocate(rnf::cuda::penalty_workspace_bytes(steps, channels)));
+    check(rnf::cuda::contraction_penalty(p, workspace, pointer<CUstream_st>(stream)), "the penalty");
+  });
 }
 
-void contraction_penalty_backward(int device, Address stream, int64_t steps, int64_t channels, int64_t kernel,
-                                  Address grad_output, bool per_channel, Address weight, Address coefficients,
-                                  Address grad_weight) {
-  const rnf::cuda::PenaltyBackward p{steps,
-                                     channels,
-                                     kernel,
-                                     pointer<const float>(grad_output),
-                                     per_channel,
-                                     pointer<const float>(weight),
-                                     pointer<const float>(coefficients),
-                                     pointer<float>(grad_weight)};
-  const DeviceGuard guard(device);
-  check(rnf::cuda::contraction_penalty_backward(p, pointer<CUstream_st>(stream)), "the penalty's gradient");
+void contraction_penalty_backward(int device, Address stream, int64_t storage, int64_t steps, int64_t channels,
+                                  int64_t kernel, Address grad_output, bool per_channel, Address weight,
+                                  Address coefficients, Address grad_weight) {
+  with_storage(storage, [&](auto* of_type) {
+    typedef std::remove_pointer_t<decltype(of_type)> T;
+    const rnf::cuda::PenaltyBackward<T> p{steps,
+                                          channels,
+                                          kernel,
+                                          pointer<const T>(grad_output),
+                                          per_channel,
+                                          pointer<const T>(weight),
+                                          pointer<const T>(coefficients),
+                                          pointer<T>(grad_weight)};
+    const DeviceGuard guard(device);
+    check(rnf::cuda::contraction_penalty_backward(p, pointer<CUstream_st>(stream)), "the penalty's gradient");
+  });
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_cuda_C, m) {
   m.doc() = "The CUDA kernels, called with addresses; importing it asks for no device.";
-  m.def("flow_shared_bytes", [](const Sizes& sizes) { return rnf::cuda::flow_shared_bytes(flow_shape(sizes, false)); });
+  m.def("flow_shared_bytes", [](int64_t storage, const Sizes& sizes) {
+    return with_storage(storage, [&](auto* of_type) {
+      return rnf::cuda::flow_shared_bytes<std::remove_pointer_t<decltype(of_type)>>(flow_shape(sizes, false));
+    });
+  });
   m.def("shared_memory_limit", &shared_memory_limit);
   m.def("flow_forward", &flow_forward);
   m.def("flow_backward", &flow_backward);

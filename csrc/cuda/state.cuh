@@ -1,6 +1,7 @@
 // One sample's state in shared memory: cleared, loaded from and stored to tensors with any strides.
 #pragma once
 #include "geometry.h"
+#include "storage.h"
 
 namespace rnf::cuda {
 
@@ -52,13 +53,14 @@ __device__ __forceinline__ void clear_states(const Geometry& g, const SharedMemo
 
 template <class T>
 __device__ __forceinline__ void load_state(const Geometry& g, const View<T>& from, float* state) {
-  for_each_element(g, from,
-                   [&](int c, int row, int column) { state[g.at(c, row, column)] = element(from, c, row, column); });
+  for_each_element(
+      g, from, [&](int c, int row, int column) { state[g.at(c, row, column)] = widen(element(from, c, row, column)); });
 }
 
-__device__ __forceinline__ void store_state(const Geometry& g, const float* state, const View<float>& to) {
-  for_each_element(g, to,
-                   [&](int c, int row, int column) { element(to, c, row, column) = state[g.at(c, row, column)]; });
+template <class T>
+__device__ __forceinline__ void store_state(const Geometry& g, const float* state, const View<T>& to) {
+  for_each_element(
+      g, to, [&](int c, int row, int column) { element(to, c, row, column) = narrow<T>(state[g.at(c, row, column)]); });
 }
 
 }  // namespace rnf::cuda

@@ -15,6 +15,7 @@
 
 #include "../../csrc/cuda/api.h"
 #include "../../csrc/cuda/divide.h"
+#include "../../csrc/cuda/storage.h"
 
 namespace rnf::cuda {
 float4 shared_memory[cuda_shim::kSharedBytes / sizeof(float4)];
@@ -23,8 +24,11 @@ float4 shared_memory[cuda_shim::kSharedBytes / sizeof(float4)];
 namespace {
 
 using rnf::cuda::FlowShape;
+using rnf::cuda::narrow;
+using rnf::cuda::Saved;
 using rnf::cuda::View;
 using rnf::cuda::Views;
+using rnf::cuda::widen;
 
 std::mt19937 generator(1234);
 int failures = 0, checks = 0;
@@ -36,20 +40,42 @@ void expect(bool ok, const char* what, const std::string& where, double error = 
   std::printf("FAILED %s (%s): error %g, bound %g\n", what, where.c_str(), error, bound);
 }
 
-std::vector<double> random_values(int64_t count, double scale) {  // the same in float and double
+template <class T>
+T stored(double value) {
+  return narrow<T>(static_cast<float>(value));
+}
+template <class T>
+std::vector<T> stored(const std::vector<double>& values) {
+  std::vector<T> result;
+  for (const double value : values) result.push_back(stored<T>(value));
+  return result;
+}
+
+template <class T>
+std::vector<double> random_values(int64_t count, double scale) {  // the same in T and double
   std::normal_distribution<double> normal(0.0, scale);
   std::vector<double> values(static_cast<std::size_t>(count));
-  for (double& value : values) value = static_cast<double>(static_cast<float>(normal(generator)));
+  for (double& value : values) value = static_cast<double>(widen(stored<T>(normal(generator))));
   return values;
 }
 
-std::vector<float> nans(int64_t count) {
-  return std::vector<float>(static_cast<std::size_t>(count), std::numeric_limits<float>::quiet_NaN());
+template <class T>
+std::vector<T> nans(int64_t count) {
+  return std::vector<T>(static_cast<std::size_t>(count), narrow<T>(std::numeric_limits<float>::quiet_NaN()));
 }
 
-bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
-  return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0);
+template <class T>
+bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
+  return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
 }
+
+// Largest error allowed, relative to the largest value: about four times the largest found.
+template <class T>
+constexpr double kRelative = 2e-6;
+template <>
+constexpr double kRelative<__half> = 2e-3;
+template <>
+constexpr double kRelative<__nv_bfloat16> = 2e-2;
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Flows
@@ -58,6 +84,7 @@ bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
 enum class Order { contiguous, channels_last, sliced };  // the last has gaps in all dimensions
 
 // A (states, B, C, H, W) tensor in memory.
+template <class T>
 class Tensor {
  public:
   Tensor(const FlowShape& s, int64_t states, Order order) : s_(s), states_(states) {
@@ -75,27 +102,26 @@ class Tensor {
     stride_ = s.batch * view_.batch;
     const int64_t last = (states - 1) * stride_ + (s.batch - 1) * view_.batch + (c - 1) * view_.channel +
                          (h - 1) * view_.row + (w - 1) * view_.column;
-    data_ = nans(s.batch == 0 ? 0 : last + 1);
+    data_ = nans<T>(s.batch == 0 ? 0 : last + 1);
   }
   Tensor(const FlowShape& s, int64_t states, Order order, const std::vector<double>& values)
       : Tensor(s, states, order) {
-    for (std::size_t i = 0; i < values.size(); ++i)
-      data_[offset(static_cast<int64_t>(i))] = static_cast<float>(values[i]);
+    for (std::size_t i = 0; i < values.size(); ++i) data_[offset(static_cast<int64_t>(i))] = stored<T>(values[i]);
   }
   // One value for all elements, as .sum() sends it back.
   static Tensor expanded(const FlowShape& s, double value) {
     Tensor t(s, 1, Order::contiguous);
-    t.data_.assign(1, static_cast<float>(value));
+    t.data_.assign(1, stored<T>(value));
     t.view_ = {nullptr, 0, 0, 0, 0}, t.stride_ = 0;
     return t;
   }
 
-  Views<float> views() {
-    View<float> view = view_;
+  Views<T> views() {
+    View<T> view = view_;
     view.data = data_.data();
     return {view, stride_};
   }
-  Views<const float> const_views() const {
+  Views<const T> const_views() const {
     return {{data_.data(), view_.batch, view_.channel, view_.row, view_.column}, stride_};
   }
   int64_t offset(int64_t i) const {  // of the element with this place in the logical order
@@ -104,18 +130,18 @@ class Tensor {
     return b / s_.batch * stride_ + b % s_.batch * view_.batch + c * view_.channel + h * view_.row + w * view_.column;
   }
   int64_t count() const { return states_ * s_.batch * s_.channels * s_.height * s_.width; }
-  float operator[](int64_t i) const { return data_[static_cast<std::size_t>(offset(i))]; }
-  const std::vector<float>& data() const { return data_; }
+  T operator[](int64_t i) const { return data_[static_cast<std::size_t>(offset(i))]; }
+  const std::vector<T>& data() const { return data_; }
 
  private:
   FlowShape s_;
   int64_t states_, stride_ = 0;
-  View<float> view_{};
-  std::vector<float> data_;
+  View<T> view_{};
+  std::vector<T> data_;
 };
 
 struct Problem {
-  static constexpr double kStep = 0.125, kNegativeSlope = 0.09375;  // the same in float and double
+  static constexpr double kStep = 0.125, kNegativeSlope = 0.09375;  // the same in all types
   FlowShape s;
   bool trajectory, expanded;
   std::vector<double> input, weight, bias, grad;                           // bias may be empty
@@ -150,15 +176,16 @@ void for_each_tap(const FlowShape& s, const Visit& visit) {
       }
 }
 
+template <class T>
 Problem make_problem(const FlowShape& s, bool trajectory, bool with_bias, bool expanded) {
   Problem p{};
   p.s = s, p.trajectory = trajectory, p.expanded = expanded;
   const int64_t size = p.size(), area = s.height * s.width;
   const auto fan_in = static_cast<double>(s.channels * s.kernel * s.kernel);
-  p.input = random_values(size, 1.0);
-  p.weight = random_values(s.banks() * s.bank_size(), 1.0 / std::sqrt(fan_in));
-  if (with_bias) p.bias = random_values(s.banks() * s.channels, 0.5);
-  p.grad = random_values(p.outputs() * size, 1.0);
+  p.input = random_values<T>(size, 1.0);
+  p.weight = random_values<T>(s.banks() * s.bank_size(), 1.0 / std::sqrt(fan_in));
+  if (with_bias) p.bias = random_values<T>(s.banks() * s.channels, 0.5);
+  p.grad = random_values<T>(p.outputs() * size, 1.0);
   if (expanded) p.grad.assign(p.grad.size(), 0.75);
 
   p.states = p.input;
@@ -196,25 +223,24 @@ Problem make_problem(const FlowShape& s, bool trajectory, bool with_bias, bool e
   return p;
 }
 
-// Largest error allowed, relative to the largest value: about four times the largest found (5.2e-7).
-constexpr double kRelative = 2e-6;
-
-template <class Found>
+template <class T, class Found>
 void compare(const Found& found, const double* wanted, int64_t count, const char* what, const std::string& where) {
   double error = 0, scale = 1e-30;
   for (int64_t i = 0; i < count; ++i) {
-    const double difference = std::fabs(static_cast<double>(found[i]) - wanted[i]);
+    const double difference = std::fabs(static_cast<double>(widen(found[i])) - wanted[i]);
     error = difference <= error ? error : difference;  // a NaN stays
     scale = std::fmax(scale, std::fabs(wanted[i]));
   }
-  expect(error <= kRelative * scale, what, where, error, kRelative * scale);
+  expect(error <= kRelative<T> * scale, what, where, error, kRelative<T> * scale);
 }
 
+template <class T>
 struct Gradients {
-  Tensor input;
-  std::vector<float> weight, bias;
+  Tensor<T> input;
+  std::vector<T> weight, bias;
 };
 
+template <class T>
 class Flow {
  public:
   Flow(const Problem& p, Order order, Order other)
@@ -222,44 +248,46 @@ class Flow {
         order_(order),
         other_(other),
         input_(p.s, 1, order, p.input),
-        grad_(p.expanded ? Tensor::expanded(p.s, 0.75) : Tensor(p.s, p.outputs(), other, p.grad)),
-        weight_(p.weight.begin(), p.weight.end()),
-        bias_(p.bias.begin(), p.bias.end()) {}
+        grad_(p.expanded ? Tensor<T>::expanded(p.s, 0.75) : Tensor<T>(p.s, p.outputs(), other, p.grad)),
+        weight_(stored<T>(p.weight)),
+        bias_(stored<T>(p.bias)) {}
 
   void check(unsigned wanted) {
     const std::string where = p_.name();
     const int64_t size = p_.size(), steps = p_.s.steps;
-    Tensor output(p_.s, p_.outputs(), order_), states(p_.s, steps, other_), slopes(p_.s, steps, order_);
+    Tensor<T> output(p_.s, p_.outputs(), order_);
+    Tensor<Saved<T>> states(p_.s, steps, other_), slopes(p_.s, steps, order_);
     forward(output, nullptr, nullptr);
-    compare(output, p_.states.data() + (p_.trajectory ? 0 : steps * size), output.count(), "output", where);
-    const Gradients all = backward(7, nullptr, nullptr);
-    compare(all.input, p_.grad_input.data(), size, "grad_input", where);
-    compare(all.weight, p_.grad_weight.data(), static_cast<int64_t>(p_.grad_weight.size()), "grad_weight", where);
-    compare(all.bias, p_.grad_bias.data(), static_cast<int64_t>(p_.grad_bias.size()), "grad_bias", where);
+    compare<T>(output, p_.states.data() + (p_.trajectory ? 0 : steps * size), output.count(), "output", where);
+    const Gradients<T> all = backward(7, nullptr, nullptr);
+    compare<T>(all.input, p_.grad_input.data(), size, "grad_input", where);
+    compare<T>(all.weight, p_.grad_weight.data(), static_cast<int64_t>(p_.grad_weight.size()), "grad_weight", where);
+    compare<T>(all.bias, p_.grad_bias.data(), static_cast<int64_t>(p_.grad_bias.size()), "grad_bias", where);
     check_some(wanted, all, nullptr, nullptr, "some gradients");
 
-    Tensor saving(p_.s, p_.outputs(), order_);
+    Tensor<T> saving(p_.s, p_.outputs(), order_);
     forward(saving, &states, &slopes);
     expect(same_bits(saving.data(), output.data()), "output when saving", where);
-    compare(states, p_.states.data(), steps * size, "saved states", where);
-    compare(slopes, p_.slopes.data(), steps * size, "saved slopes", where);
+    compare<T>(states, p_.states.data(), steps * size, "saved states", where);
+    compare<T>(slopes, p_.slopes.data(), steps * size, "saved slopes", where);
     check_some(7, all, &states, &slopes, "gradients from what was saved");
     check_some(wanted & 5, all, nullptr, &slopes, "some gradients from saved slopes");
   }
 
  private:
   // The same to the rounding of a sum in another order; what is not wanted stays untouched.
-  void check_some(unsigned wanted, const Gradients& all, Tensor* states, Tensor* slopes, const char* what) {
-    const Gradients some = backward(wanted, states, slopes);
+  void check_some(unsigned wanted, const Gradients<T>& all, Tensor<Saved<T>>* states, Tensor<Saved<T>>* slopes,
+                  const char* what) {
+    const Gradients<T> some = backward(wanted, states, slopes);
     const std::string where = p_.name();
     if (wanted & 1) expect(same_bits(some.input.data(), all.input.data()), what, where);
     if (wanted & 2) expect(same_bits(some.weight, all.weight), what, where);
     if (wanted & 4) expect(same_bits(some.bias, all.bias), what, where);
   }
-  const float* bias() const { return bias_.empty() ? nullptr : bias_.data(); }
+  const T* bias() const { return bias_.empty() ? nullptr : bias_.data(); }
 
-  void forward(Tensor& output, Tensor* states, Tensor* slopes) {
-    rnf::cuda::FlowForward f{};
+  void forward(Tensor<T>& output, Tensor<Saved<T>>* states, Tensor<Saved<T>>* slopes) {
+    rnf::cuda::FlowForward<T> f{};
     f.shape = p_.s, f.step_size = Problem::kStep, f.negative_slope = Problem::kNegativeSlope;
     f.input = input_.const_views().first, f.weight = weight_.data(), f.bias = bias();
     f.output = output.views(), f.trajectory = p_.trajectory;
@@ -268,10 +296,10 @@ class Flow {
     expect(rnf::cuda::flow_forward(f, nullptr) == cudaSuccess, "status of the forward pass", p_.name());
   }
 
-  Gradients backward(unsigned wanted, Tensor* states, Tensor* slopes) {
-    Gradients g{Tensor(p_.s, 1, order_), nans(static_cast<int64_t>(p_.grad_weight.size())),
-                nans(static_cast<int64_t>(p_.grad_bias.size()))};
-    rnf::cuda::FlowBackward f{};
+  Gradients<T> backward(unsigned wanted, Tensor<Saved<T>>* states, Tensor<Saved<T>>* slopes) {
+    Gradients<T> g{Tensor<T>(p_.s, 1, order_), nans<T>(static_cast<int64_t>(p_.grad_weight.size())),
+                   nans<T>(static_cast<int64_t>(p_.grad_bias.size()))};
+    rnf::cuda::FlowBackward<T> f{};
     f.shape = p_.s, f.step_size = Problem::kStep, f.negative_slope = Problem::kNegativeSlope;
     f.grad_output = grad_.const_views(), f.trajectory = p_.trajectory;
     f.input = input_.const_views().first, f.weight = weight_.data(), f.bias = bias();
@@ -282,7 +310,7 @@ class Flow {
     if (wanted & 4) f.grad_bias = g.bias.data();
     rnf::cuda::BackwardPlan plan{};
     const bool planned = rnf::cuda::plan_flow_backward(f, &plan) == cudaSuccess;
-    std::vector<float> workspace = nans(plan.workspace_bytes / static_cast<int64_t>(sizeof(float)));
+    std::vector<float> workspace = nans<float>(plan.workspace_bytes / static_cast<int64_t>(sizeof(float)));
     expect(planned && rnf::cuda::flow_backward(f, plan, workspace.data(), nullptr) == cudaSuccess,
            "status of the backward pass", p_.name());
     return g;
@@ -290,8 +318,8 @@ class Flow {
 
   const Problem& p_;
   Order order_, other_;
-  Tensor input_, grad_;
-  std::vector<float> weight_, bias_;
+  Tensor<T> input_, grad_;
+  std::vector<T> weight_, bias_;
 };
 
 FlowShape shape(int64_t batch, int64_t channels, int64_t height, int64_t width, int64_t kernel, int64_t steps,
@@ -299,7 +327,19 @@ FlowShape shape(int64_t batch, int64_t channels, int64_t height, int64_t width, 
   return {batch, channels, height, width, kernel, steps, shared};
 }
 
-void check_flows(bool quick) {
+template <class T>
+void check_flows(const std::vector<FlowShape>& shapes) {
+  for (std::size_t i = 0; i < shapes.size(); ++i)
+    for (unsigned variant = 0; variant < 2; ++variant) {
+      const bool trajectory = (i + variant) % 2 == 0, expanded = (i / 2 + variant) % 3 == 0,
+                 bias = (i + variant) % 3 != 0;
+      const Problem p = make_problem<T>(shapes[i], trajectory, bias, expanded);
+      const auto order = static_cast<Order>((i + variant) % 3), other = static_cast<Order>((i + 2 * variant + 1) % 3);
+      Flow<T>(p, order, other).check(1 + static_cast<unsigned>(i + 3 * variant) % 7);
+    }
+}
+
+void check_all_flows(bool quick) {
   std::vector<FlowShape> shapes{
       shape(3, 3, 6, 5, 3, 2),         // several slices of the filters' gradient; a block with two samples
       shape(1, 17, 5, 9, 3, 2, true),  // more pairs of channels than threads
@@ -323,35 +363,42 @@ void check_flows(bool quick) {
              shape(1, 32, 2, 3, 5, 1),
          })
       shapes.push_back(s);
-  for (std::size_t i = 0; i < shapes.size(); ++i)
-    for (unsigned variant = 0; variant < 2; ++variant) {
-      const bool trajectory = (i + variant) % 2 == 0, expanded = (i / 2 + variant) % 3 == 0,
-                 bias = (i + variant) % 3 != 0;
-      const Problem p = make_problem(shapes[i], trajectory, bias, expanded);
-      const auto order = static_cast<Order>((i + variant) % 3), other = static_cast<Order>((i + 2 * variant + 1) % 3);
-      Flow(p, order, other).check(1 + static_cast<unsigned>(i + 3 * variant) % 7);
-    }
+  check_flows<float>(shapes);
+  if (quick) return;
+  const std::vector<FlowShape> in_16_bits{
+      shape(3, 3, 6, 5, 3, 2), shape(1, 17, 5, 9, 3, 2, true), shape(5, 4, 7, 7, 3, 4),
+      shape(0, 3, 4, 4, 3, 2), shape(3, 1, 3, 1, 3, 3),  // an odd number of elements is kept of a sample
+  };
+  check_flows<__half>(in_16_bits);
+  check_flows<__nv_bfloat16>(in_16_bits);
 }
 
 void check_what_fits() {
   const int64_t limit = cuda_shim::kSharedBytes;
   const auto fits = [&](const FlowShape& s, bool wanted) {
-    expect(rnf::cuda::flow_fits(s, limit) == wanted, "what fits", std::to_string(rnf::cuda::flow_shared_bytes(s)));
+    const int64_t bytes = rnf::cuda::flow_shared_bytes<float>(s);
+    expect((bytes > 0 && bytes <= limit) == wanted, "what fits", std::to_string(bytes));
+    const int64_t in_16_bits = rnf::cuda::flow_shared_bytes<__half>(s);  // the state takes as much
+    expect(in_16_bits == (s.kernel == 3 ? bytes : 0), "what fits in 16 bits", std::to_string(in_16_bits));
   };
   fits(shape(64, 8, 28, 28, 3, 10), true);
   fits(shape(64, 16, 32, 32, 3, 10), true);
   fits(shape(64, 32, 14, 14, 3, 10), true);
+  fits(shape(64, 8, 14, 14, 5, 10), true);
   fits(shape(64, 32, 64, 64, 3, 10), false);
   fits(shape(64, 33, 4, 4, 3, 10), false);  // too many channels
   fits(shape(64, 3, 4, 4, 7, 10), false);   // no such filters
   fits(shape(64, 1, 0, 4, 3, 10), false);
   fits(shape(64, 1, int64_t{1} << 62, int64_t{1} << 62, 3, 10), false);
   // A block cannot have what the device has not: refused, not run.
-  rnf::cuda::FlowForward f{};
+  rnf::cuda::FlowForward<float> f{};
   f.shape = shape(1, 32, 40, 40, 3, 1);
   expect(rnf::cuda::flow_forward(f, nullptr) != cudaSuccess, "a state that does not fit", "");
   f.shape = shape(1, 33, 4, 4, 3, 1);
   expect(rnf::cuda::flow_forward(f, nullptr) == cudaErrorInvalidValue, "a shape without a kernel", "");
+  rnf::cuda::FlowForward<__half> h{};
+  h.shape = shape(1, 3, 4, 4, 5, 1);
+  expect(rnf::cuda::flow_forward(h, nullptr) == cudaErrorInvalidValue, "5x5 filters in 16 bits", "");
 }
 
 void check_activation_limits() {  // conv is the identity: no overflow, and NaN where there was one
@@ -359,9 +406,9 @@ void check_activation_limits() {  // conv is the identity: no overflow, and NaN 
   const std::vector<float> values{0.0f, -0.0f, 1e-30f, 88.0f, -88.0f, 1e4f, -1e4f, 3e38f, -3e38f, inf, -inf, NAN};
   const FlowShape s = shape(1, 1, 1, static_cast<int64_t>(values.size()), 1, 1);
   const float weight = 1.0f;
-  std::vector<float> output = nans(s.width);
+  std::vector<float> output = nans<float>(s.width);
   const auto width = static_cast<int32_t>(s.width);
-  rnf::cuda::FlowForward f{};
+  rnf::cuda::FlowForward<float> f{};
   f.shape = s, f.step_size = 0.5f, f.negative_slope = 0.25f, f.weight = &weight;
   f.input = {values.data(), width, width, width, 1}, f.output = {{output.data(), width, width, width, 1}, 0};
   expect(rnf::cuda::flow_forward(f, nullptr) == cudaSuccess, "status", "limits");
@@ -393,7 +440,8 @@ struct PenaltyResult {
   std::vector<double> value, coefficients, gradient;
 };
 
-PenaltyResult exact_penalty(const rnf::cuda::Penalty& p, const std::vector<float>& upstream) {
+template <class T>
+PenaltyResult exact_penalty(const rnf::cuda::Penalty<T>& p, const std::vector<T>& upstream) {
   const int64_t C = p.channels, area = p.kernel * p.kernel;
   const double a = p.slope_low, b = p.slope_high;
   const bool none = p.reduction == rnf::cuda::Reduction::none;
@@ -405,7 +453,7 @@ PenaltyResult exact_penalty(const rnf::cuda::Penalty& p, const std::vector<float
   const auto sign = [](double x) { return static_cast<double>((x > 0) - (x < 0)); };
   for (int64_t n = 0; n < p.steps; ++n) {
     const auto w = [&](int64_t d, int64_t e, int64_t tap) {
-      return static_cast<double>(p.weight[((n * C + d) * C + e) * area + tap]);
+      return static_cast<double>(widen(p.weight[((n * C + d) * C + e) * area + tap]));
     };
     double* const c = result.coefficients.data() + n * 3 * C;
     for (int64_t d = 0; d < C; ++d) {
@@ -435,7 +483,7 @@ PenaltyResult exact_penalty(const rnf::cuda::Penalty& p, const std::vector<float
       c[d] = scale * dm, c[C + d] = scale * dr, c[2 * C + d] = scale * dq;
       result.value[none ? n * C + d : 0] += argument * scale;
     }
-    const auto go = [&](int64_t d) { return static_cast<double>(upstream[none ? n * C + d : 0]); };
+    const auto go = [&](int64_t d) { return static_cast<double>(widen(upstream[none ? n * C + d : 0])); };
     for (int64_t d = 0; d < C; ++d)
       for (int64_t e = 0; e < C; ++e)
         for (int64_t tap = 0; tap < area; ++tap)
@@ -445,62 +493,69 @@ PenaltyResult exact_penalty(const rnf::cuda::Penalty& p, const std::vector<float
   return result;
 }
 
+template <class T>
 void check_penalty(int64_t steps, int64_t channels, int64_t kernel, int64_t norm, int64_t reduction) {
   const bool none = reduction == 2;
   const std::string where = "penalty N" + std::to_string(steps) + " C" + std::to_string(channels) + " k" +
                             std::to_string(kernel) + " norm " + std::to_string(norm) + " reduction " +
                             std::to_string(reduction);
   const auto fan_in = static_cast<double>(channels * kernel * kernel);
-  const std::vector<double> random = random_values(steps * channels * channels * kernel * kernel, 0.5 / fan_in);
-  std::vector<float> weight(random.begin(), random.end());
+  std::vector<double> random = random_values<T>(steps * channels * channels * kernel * kernel, 0.5 / fan_in);
   for (int64_t n = 0; n < steps; ++n)  // about half of the terms are active
     for (int64_t d = 0; d < channels; ++d)
-      weight[((n * channels + d) * channels + d) * kernel * kernel + kernel * kernel / 2] -=
-          (n + d) % 2 == 0 ? 40.0f : 0.25f;
-  if (channels > 1) weight[0] = 0.0f;
+      random[((n * channels + d) * channels + d) * kernel * kernel + kernel * kernel / 2] -=
+          (n + d) % 2 == 0 ? 40.0 : 0.25;
+  if (channels > 1) random[0] = 0.0;
+  std::vector<T> weight = stored<T>(random);
   const int64_t values = none ? steps * channels : 1;
-  std::vector<float> value = nans(values), coefficients = nans(3 * steps * channels);
-  std::vector<float> gradient = nans(static_cast<int64_t>(weight.size()));
-  const rnf::cuda::Penalty p{steps,
-                             channels,
-                             kernel,
-                             2.0,
-                             0.125,
-                             1.0,
-                             static_cast<rnf::cuda::Norm>(norm),
-                             static_cast<rnf::cuda::Reduction>(reduction),
-                             weight.data(),
-                             value.data(),
-                             coefficients.data()};
-  std::vector<double> workspace(static_cast<std::size_t>(rnf::cuda::penalty_workspace_bytes(p) + 7) / 8, NAN);
+  std::vector<T> value = nans<T>(values), coefficients = nans<T>(3 * steps * channels);
+  std::vector<T> gradient = nans<T>(static_cast<int64_t>(weight.size()));
+  const rnf::cuda::Penalty<T> p{steps,
+                                channels,
+                                kernel,
+                                2.0,
+                                0.125,
+                                1.0,
+                                static_cast<rnf::cuda::Norm>(norm),
+                                static_cast<rnf::cuda::Reduction>(reduction),
+                                weight.data(),
+                                value.data(),
+                                coefficients.data()};
+  std::vector<double> workspace(static_cast<std::size_t>(rnf::cuda::penalty_workspace_bytes(steps, channels) + 7) / 8,
+                                NAN);
   expect(rnf::cuda::contraction_penalty(p, workspace.data(), nullptr) == cudaSuccess, "status", where);
-  std::vector<float> upstream(static_cast<std::size_t>(values), 0.5f);
-  for (std::size_t i = 0; i < upstream.size(); ++i) upstream[i] += 0.25f * static_cast<float>(i % 3);
-  const rnf::cuda::PenaltyBackward b{
+  std::vector<T> upstream;
+  for (int64_t i = 0; i < values; ++i) upstream.push_back(stored<T>(0.5 + 0.25 * static_cast<double>(i % 3)));
+  const rnf::cuda::PenaltyBackward<T> b{
       steps, channels, kernel, upstream.data(), none, weight.data(), coefficients.data(), gradient.data()};
   expect(rnf::cuda::contraction_penalty_backward(b, nullptr) == cudaSuccess, "status of the gradient", where);
   const PenaltyResult wanted = exact_penalty(p, upstream);
-  compare(value, wanted.value.data(), values, "value", where);
-  compare(coefficients, wanted.coefficients.data(), 3 * steps * channels, "coefficients", where);
-  compare(gradient, wanted.gradient.data(), static_cast<int64_t>(weight.size()), "gradient", where);
+  compare<T>(value, wanted.value.data(), values, "value", where);
+  compare<T>(coefficients, wanted.coefficients.data(), 3 * steps * channels, "coefficients", where);
+  compare<T>(gradient, wanted.gradient.data(), static_cast<int64_t>(weight.size()), "gradient", where);
 
-  weight.back() = NAN;  // shows in the value and in its own gradient
+  weight.back() = stored<T>(NAN);  // shows in the value and in its own gradient
   expect(rnf::cuda::contraction_penalty(p, workspace.data(), nullptr) == cudaSuccess &&
              rnf::cuda::contraction_penalty_backward(b, nullptr) == cudaSuccess,
          "status with NaN", where);
-  expect(std::isnan(value.back()), "NaN in the value", where);
-  expect(std::isnan(gradient.back()) || kernel == 1, "NaN in the gradient", where);  // a centre tap has a derivative
+  expect(std::isnan(widen(value.back())), "NaN in the value", where);
+  expect(std::isnan(widen(gradient.back())) || kernel == 1, "NaN in the gradient",
+         where);  // a centre tap has a derivative
 }
 
 void check_penalties(bool quick) {
-  check_penalty(3, 9, 3, 0, 0);  // several slabs of rows
-  check_penalty(2, 33, 1, 1, 1);
+  check_penalty<float>(3, 9, 3, 0, 0);  // several slabs of rows
+  check_penalty<float>(2, 33, 1, 1, 1);
   if (quick) return;
   int64_t i = 0;
   for (const int64_t channels : {1, 2, 7, 8, 17})
     for (int64_t norm = 0; norm < 4; ++norm, ++i)
       for (int64_t reduction = 0; reduction < 3; ++reduction)
-        check_penalty(1 + i % 3, channels, 1 + 2 * ((i + reduction) % 4), norm, reduction);
+        check_penalty<float>(1 + i % 3, channels, 1 + 2 * ((i + reduction) % 4), norm, reduction);
+  for (int64_t norm = 0; norm < 4; ++norm) {
+    check_penalty<__half>(2, 9, 3, norm, norm % 3);
+    check_penalty<__nv_bfloat16>(2, 9, 1 + 2 * norm, norm, norm % 3);
+  }
 }
 
 }  // namespace
@@ -516,7 +571,7 @@ int main(int count, char** arguments) {
     if (argument == "sites") sites = true;
     if (argument.rfind("skip=", 0) == 0) device.skipped = argument.substr(5);
   }
-  check_flows(quick);
+  check_all_flows(quick);
   check_penalties(quick);
   if (!quick) {
     check_what_fits();
