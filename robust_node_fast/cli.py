@@ -326,10 +326,10 @@ def _short(folder: Path, folders: list[Path]) -> str:
 
 def _source(folder: Path, config: TrainConfig) -> nn.Module:
     """The network to transfer attacks from."""
-    source, its_config = training.load_model(folder)
-    if its_config.dataset != config.dataset:
-        _fail(f"{folder} was trained on {its_config.dataset}, expected {config.dataset} to transfer attacks from it", 1)
-    return source
+    dataset = training.load_config(folder).dataset
+    if dataset != config.dataset:
+        _fail(f"{folder} was trained on {dataset}, expected {config.dataset} to transfer attacks from it", 1)
+    return training.load_model(folder)[0]
 
 
 def _print_report(title: str, report: robustness.Report) -> None:
