@@ -74,7 +74,7 @@ def test_pgd_is_foolboxs(norm: str, eps: float, step_size: float, problem: tuple
 
 def test_square_is_as_strong_as_that_of_torchattacks(problem: tuple[nn.Module, Tensor, Tensor]) -> None:
     torchattacks = pytest.importorskip(
-        "torchattacks", reason="torchattacks is not installed: it would hold back requests, which nobody else wants"
+        "torchattacks", reason="torchattacks is not installed (it pins an old requests): pip install --no-deps"
     )
     model, images, _ = problem
     images = torch.rand(120, 2, 8, 8, dtype=torch.float64)

@@ -36,6 +36,12 @@ class Linear(nn.Module):
         return torch.stack([-score / 2, score / 2], 1)
 
 
+def balanced(size: int, kind: type[Linear] = Linear, scale: float = 1.0, dtype: torch.dtype = torch.float32) -> Linear:
+    """Of weights of both signs, none small; grey images are on the boundary, random ones on both sides."""
+    weight = scale * (0.5 + torch.rand(size, dtype=dtype)) * (1 - 2 * (torch.arange(size) % 2))
+    return kind(weight, -weight.sum().item() / 2).eval()
+
+
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
@@ -160,21 +166,23 @@ def best_attack(model: Linear, images: Tensor, labels: Tensor, eps: float) -> Te
 
 
 def test_all_attacks_find_the_best_point_of_a_linear_model() -> None:
-    model = Linear(torch.randn(12)).eval()
-    images, labels = torch.rand(20, 3, 2, 2), torch.randint(2, (20,))
-    best = best_attack(model, images, labels, 0.2)
-    torch.testing.assert_close(robustness.fgsm(model, images, labels, 0.2), best)
+    model = balanced(12)
+    images, labels = torch.rand(200, 3, 2, 2), torch.randint(2, (200,))
+    best = best_attack(model, images, labels, 0.05)
+    torch.testing.assert_close(robustness.fgsm(model, images, labels, 0.05), best)
     for loss in attacks.LOSSES:
-        found = robustness.pgd(model, images, labels, 0.2, step_size=0.05, n_steps=10, loss=loss, generator=generator())
+        found = robustness.pgd(
+            model, images, labels, 0.05, step_size=0.02, n_steps=10, loss=loss, generator=generator()
+        )
         torch.testing.assert_close(found, best)
     unfooled = (model(best).argmax(1) == labels)[:, None, None, None]  # the search stops where the model is fooled
-    found = robustness.square(model, images, labels, 0.2, n_queries=400, generator=generator())
+    found = robustness.square(model, images, labels, 0.05, n_queries=400, generator=generator())
     torch.testing.assert_close(torch.where(unfooled, found, best), best)
     assert bool(unfooled.any())
 
 
 def test_l2_attacks_find_the_best_point_of_a_linear_model() -> None:
-    model = Linear(torch.randn(12, dtype=torch.float64)).eval()
+    model = balanced(12, dtype=torch.float64)
     images, labels = torch.rand(20, 3, 2, 2, dtype=torch.float64) / 2 + 0.25, torch.randint(2, (20,))
     direction = (model.weight / model.weight.norm()).detach().reshape(1, 3, 2, 2)
     best = images - 0.2 * direction * (2 * labels - 1)[:, None, None, None]  # no pixel reaches 0 or 1
@@ -193,10 +201,10 @@ def test_margin_is_what_is_missing_to_another_class() -> None:
 
 
 def test_margin_sees_where_the_cross_entropy_is_saturated() -> None:
-    model = Linear(1e4 * torch.randn(12)).eval()
+    model = balanced(12, scale=1e4)
     images = torch.rand(40, 3, 2, 2)
     labels = model(images).argmax(1)
-    options: dict[str, Any] = {"step_size": 0.05, "n_steps": 10, "generator": generator()}
+    options: dict[str, Any] = {"step_size": 0.05, "n_steps": 20, "generator": generator()}
 
     def accuracy(loss: str) -> float:
         attacked = robustness.pgd(model, images, labels, 0.3, loss=loss, **options)
@@ -270,7 +278,7 @@ class Rounded(Linear):
 
 
 def test_square_needs_no_gradient_and_stays_in_the_ball() -> None:
-    model = Rounded(torch.randn(2 * 5 * 7)).eval()
+    model = balanced(2 * 5 * 7, Rounded)
     images = torch.rand(60, 2, 5, 7)
     labels = model(images).argmax(1)
     attacked = robustness.square(model, images, labels, 0.2, n_queries=60, generator=generator())
@@ -291,7 +299,7 @@ def test_square_asks_no_more_than_it_may_and_never_gets_worse() -> None:
             self.seen.append(len(input))
             return super().forward(input)
 
-    model = Counted(torch.randn(36)).eval()
+    model = balanced(36, Counted)
     images = torch.rand(30, 1, 6, 6)
     labels = model(images).argmax(1)
     Counted.seen.clear()
@@ -515,7 +523,7 @@ def test_strength_costs_accuracy_and_the_checks_hold(report: robustness.Report) 
 
 
 def test_a_linear_model_has_the_accuracy_that_its_margins_say() -> None:
-    model = Linear(torch.randn(16), 0.3).eval()
+    model = balanced(16)
     images, labels = torch.rand(300, 1, 4, 4), torch.randint(2, (300,))
     found = robustness.evaluate(model, (images, labels), eps=0.1, seeds=[0])
     with torch.no_grad():
@@ -546,17 +554,17 @@ def test_checks_can_fail() -> None:
 
 def test_masked_gradients_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rounding hides the gradient: white-box attacks find nothing, the black box does, the report says so."""
-    model = Rounded(torch.randn(36)).eval()
+    model = balanced(36, Rounded)
     images = torch.rand(40, 1, 6, 6)
     labels = model(images).argmax(1)
-    few = suite.Suite((), (suite._fgsm("inf"), suite._pgd(n_steps=2), suite._square(100)))
+    few = suite.Suite((), (suite._fgsm("inf"), suite._pgd(n_steps=2), suite._square(300)))
     monkeypatch.setitem(suite.SUITES, "full", few)
     found = robustness.evaluate(model, (images, labels), suite="full", eps=0.1)
     assert found.accuracy("fgsm", 0.1) == 1.0
     assert found.accuracy("worst case", 0.1) <= found.accuracy("square", 0.1) < 0.5
     failed = [check.name for check in found.checks if not check.passed]
     assert failed == ["white box <= square at l_inf eps 0.1", "accuracy near 0 at l_inf eps 1"]
-    saturated = Linear(1e4 * torch.randn(36)).eval()
+    saturated = balanced(36, scale=1e4)
     images = torch.rand(40, 1, 6, 6)
     found = robustness.evaluate(saturated, (images, saturated(images).argmax(1)), eps=0.05)
     assert "accuracy near 0 at l_inf eps 1" in [check.name for check in found.checks if not check.passed]
@@ -577,7 +585,7 @@ def test_transfer_from_another_model(trained: nn.Module, digits: data.Dataset) -
 
 
 def test_certificates_are_held_against_every_attack() -> None:
-    model = Linear(torch.randn(16), 0.3).eval()
+    model = balanced(16)
     images, labels = torch.rand(300, 1, 4, 4), torch.randint(2, (300,))
 
     def exact(model: nn.Module, images: Tensor, labels: Tensor, eps: float) -> Tensor:

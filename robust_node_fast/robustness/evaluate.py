@@ -24,7 +24,7 @@ Batch = tuple[Tensor, Tensor]
 Certify = Callable[[nn.Module, Tensor, Tensor, float], Tensor]
 
 
-@dataclass
+@dataclass(eq=False)
 class _Test:
     """One line of the report: its random numbers, what it counted so far, and the first images of it."""
 
