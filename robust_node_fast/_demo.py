@@ -16,7 +16,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from robust_node_fast import _backends, _timing, data, models, reference, robustness, training
-from robust_node_fast.robustness.report import plot_accuracy
+from robust_node_fast.robustness.curves import plot_accuracy
 from robust_node_fast.training import Outcome, TrainConfig
 
 EPS = 0.1  # of the table

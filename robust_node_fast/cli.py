@@ -19,6 +19,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from torch import nn
 
 from robust_node_fast import _backends, data, robustness, training
 from robust_node_fast.training import Outcome, TrainConfig
@@ -257,21 +258,40 @@ def _print_outcomes(outcomes: list[Outcome]) -> None:
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Run folder of `rnf train`.")],
     *,
-    eps: Annotated[list[float], typer.Option(min=0.0, help="Radius of the attacks (repeat for several).")] = [0.1],  # noqa: B006
+    suite: Annotated[
+        Literal["quick", "standard", "full"], typer.Option(help="Which noises and attacks (docs/robustness.md).")
+    ] = "standard",
+    eps: Annotated[list[float], typer.Option(min=0.0, help="l_inf radius (repeat for several).")] = [0.1],  # noqa: B006
+    eps_l2: Annotated[
+        list[float] | None,
+        typer.Option(
+            min=0.0, help="l_2 radius (repeat for several).", show_default="none; 0.5, 1, 2 in the full suite"
+        ),
+    ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Number of noise seeds.")] = 3,
     samples: Annotated[int | None, typer.Option(min=1, help="First test images.", show_default="all")] = None,
+    transfer_from: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Run folder of a network to transfer attacks from (repeat for several).",
+            show_default="none; in the full suite the other network of RUN",
+        ),
+    ] = None,
     data_root: Annotated[
         Path | None, typer.Option(help=TrainConfig.__dataclass_fields__["data_root"].metadata["help"])
     ] = None,
     device: Annotated[str, typer.Option(help="Device to evaluate on.")] = "cpu",
     backend: Backend = None,
 ) -> None:
-    """Accuracy of a trained network under noise and attacks: report.md, report.json and report.png in its folder."""
+    """Accuracy of a trained network under noise and attacks: report.md, .json, .png and .html in its folder."""
     _choose(backend)
     training.check_device(device)
-    for folder in _runs_in(run):
+    folders = _runs_in(run)
+    for folder in folders:
         model, config = training.load_model(folder)
         model.to(device)
+        others = transfer_from or ([other for other in folders if other != folder] if suite == "full" else [])
+        sources = {_short(other, others): _source(other, config).to(device) for other in others}
         with training.writing(folder):
             tempfile.TemporaryFile(dir=folder).close()  # before minutes of work rather than after them
         dataset = data.load(config.dataset, data_root or config.data_root)
@@ -279,15 +299,37 @@ def evaluate(
         with _progress(f"evaluate {config.network}", len(labels)) as update:
             try:
                 report = robustness.evaluate(
-                    model, (images, labels), eps=eps, seeds=range(seeds), on_batch=lambda done: update(done, "")
+                    model,
+                    (images, labels),
+                    suite=suite,
+                    eps=eps,
+                    eps_l2=eps_l2 or None,
+                    seeds=range(seeds),
+                    sources=sources,
+                    on_batch=lambda done: update(done, ""),
                 )
             except ValueError as error:
                 _fail(f"{folder} cannot be evaluated: {error}", 1)
+        title = f"{config.dataset}, {config.network}"
         with training.writing(folder):
-            (folder / "report.md").write_text(f"# {config.dataset}, {config.network}\n\n{report.to_markdown()}")
+            (folder / "report.md").write_text(f"# {title}\n\n{report.to_markdown()}")
             (folder / "report.json").write_text(report.to_json())
+            (folder / "report.html").write_text(report.to_html(title), encoding="utf-8")
             report.plot(folder / "report.png")
-        _print_report(f"{config.dataset}, {config.network} ({folder})", report)
+        _print_report(f"{title} ({folder})", report)
+
+
+def _short(folder: Path, folders: list[Path]) -> str:
+    """The folder's name, or all of its path where two have the same name."""
+    return folder.name if [other.name for other in folders].count(folder.name) == 1 else str(folder)
+
+
+def _source(folder: Path, config: TrainConfig) -> nn.Module:
+    """The network to transfer attacks from."""
+    dataset = training.load_config(folder).dataset
+    if dataset != config.dataset:
+        _fail(f"{folder} was trained on {dataset}, expected {config.dataset} to transfer attacks from it", 1)
+    return training.load_model(folder)[0]
 
 
 def _print_report(title: str, report: robustness.Report) -> None:
@@ -298,6 +340,8 @@ def _print_report(title: str, report: robustness.Report) -> None:
     out.print(table)
     for check in report.checks:
         out.print(f"{'held' if check.passed else 'NOT HELD'}: {check.name} ({check.detail})", highlight=False)
+    for sentence in (*report.notes, report.verdict):
+        out.print(sentence, highlight=False, soft_wrap=True)
 
 
 @app.command()

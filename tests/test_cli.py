@@ -18,6 +18,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 from robust_node_fast import _timing, backend_info, cli, training
+from robust_node_fast.robustness import suite
 from robust_node_fast.training import checkpoint
 
 RUN = ["--n-steps", "2", "--epochs", "1"]
@@ -161,7 +162,46 @@ def test_evaluate_writes_its_report(trained: Path) -> None:
         assert f"{clean:.2%}" in result.stdout
         assert f"| clean | {clean:.2%} |" in (trained / network / "report.md").read_text()
         assert (trained / network / "report.png").read_bytes().startswith(b"\x89PNG")
+        assert (trained / network / "report.html").read_text().startswith("<!DOCTYPE html>")
     assert result.stdout.count("held: eps 0 = clean") == 2
+    assert result.stdout.count("All 4 checks held.") + result.stdout.count("UNRELIABLE") == 2
+
+
+def test_evaluate_transfers_between_the_networks_of_a_run(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = suite.SUITES["full"]
+    few = [attack for attack in suite.SUITES["quick"].attacks if attack.norm == "inf"]
+    monkeypatch.setitem(suite.SUITES, "full", dataclasses.replace(full, attacks=(*few, suite._square(5)), eps_l2=()))
+    result = rnf("evaluate", trained, "--suite", "full", "--samples", "10")
+    assert result.exit_code == 0, result.output
+    for network, other in (("vanilla", "contractive"), ("contractive", "vanilla")):
+        report = json.loads((trained / network / "report.json").read_text())
+        assert report["suite"] == "full"
+        assert report["settings"]["sources"] == [other]
+        assert f"pgd on {other}" in [entry["name"] for entry in report["results"]]
+    assert (
+        rnf(
+            "evaluate",
+            trained / "vanilla",
+            "--suite",
+            "quick",
+            "--samples",
+            "10",
+            "--eps-l2",
+            "0.3",
+            "--transfer-from",
+            trained / "contractive",
+        ).exit_code
+        == 0
+    )
+    report = json.loads((trained / "vanilla" / "report.json").read_text())
+    assert (report["settings"]["sources"], report["settings"]["eps_l2"]) == (["contractive"], [0.3])
+
+
+def test_transfer_from_a_network_of_other_images(trained: Path, run: Path) -> None:
+    other = dataclasses.replace(training.load_config(run), dataset="mnist")
+    (run / "config.json").write_text(other.to_json())
+    result = rnf("evaluate", trained / "vanilla", "--transfer-from", run)
+    assert_sentence(result, "run was trained on mnist, expected digits to transfer attacks from it")
 
 
 def test_usage_errors_exit_with_2(trained: Path, tmp_path: Path) -> None:

@@ -1,39 +1,61 @@
-"""White-box attacks in the l_inf ball around images in [0, 1], on the cross-entropy.
+"""Gradient attacks on images in [0, 1], in the l_inf or the l_2 ball around each.
 
 Gradients go through the discrete Euler steps and only to the input: while an attack runs, no parameter requires a
-gradient, so that the fused backward skips the weights.
+gradient, so that the fused backward skips the weights. An attack on one model is a transfer attack on any other: what
+``pgd(source, images, labels, ...)`` gives, another network can be asked to classify.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robust_node_fast import _checks
+from robust_node_fast.robustness import _inputs
 
-__all__ = ["fgsm", "pgd"]
+__all__ = ["LOSSES", "fgsm", "margin", "pgd"]
 
 
-def fgsm(model: nn.Module, images: Tensor, labels: Tensor, eps: float) -> Tensor:
-    """One step ``clip(images + eps * sign(gradient), 0, 1)`` (Goodfellow et al., arXiv 1412.6572).
+def margin(logits: Tensor, labels: Tensor) -> Tensor:
+    """``max_{j != y} f_j - f_y``, ``(B,)``: positive exactly where another class wins (Carlini & Wagner, 1608.04644).
+
+    Unlike the cross-entropy it does not saturate where a network is sure of itself.
+    """
+    right = labels[:, None]
+    return logits.scatter(1, right, -torch.inf).max(1).values - logits.gather(1, right)[:, 0]
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"cross-entropy": _cross_entropy, "margin": margin}
+
+
+def fgsm(model: nn.Module, images: Tensor, labels: Tensor, eps: float, *, norm: str = "inf") -> Tensor:
+    """One step of length ``eps`` up the cross-entropy (Goodfellow et al., arXiv 1412.6572).
+
+    ``clip(images + eps * sign(gradient), 0, 1)``; with ``norm="2"`` ``gradient / ||gradient||_2`` for the sign.
 
     Args:
         model: in eval mode; images to logits ``(B, K)``.
         images: ``(B, C, H, W)`` in [0, 1].
         labels: ``(B,)`` int64.
         eps: radius of the ball, >= 0.
+        norm: of the ball, ``"inf"`` or ``"2"``.
 
     Raises:
-        TypeError, ValueError: ``eps`` is negative or not finite, or the model is in training mode.
+        TypeError, ValueError: the model is in training mode or has weights that are not finite; ``images`` and
+            ``labels`` are empty, do not fit, or are out of range; ``eps`` is negative or not finite; unknown ``norm``.
     """
-    _check_radius("eps", eps)
-    with _input_gradient_only(model):
-        gradient = _loss_gradient(model, images, labels)
-    return (images + eps * gradient.sign()).clamp(0.0, 1.0).detach()
+    _inputs.check_radius("eps", eps)
+    _checks.choice("norm", norm, _inputs.NORMS)
+    with _inputs.attacked(model, images, labels):
+        gradient = _gradient(model, images, labels, "cross-entropy")
+    return (images + eps * _direction(gradient, norm)).clamp(0.0, 1.0)
 
 
 def pgd(
@@ -45,73 +67,87 @@ def pgd(
     step_size: float,
     n_steps: int = 40,
     n_restarts: int = 1,
+    norm: str = "inf",
+    loss: str = "cross-entropy",
     generator: torch.Generator,
 ) -> Tensor:
-    """``n_steps`` signed gradient steps from a random start, each projected to the ball and to [0, 1].
+    """``n_steps`` gradient steps from a random start, each projected to the ball and to [0, 1].
 
-    Of the restarts' ends a misclassified one is kept, then that with the largest cross-entropy (Madry et al., arXiv
-    1706.06083).
+    ``x <- clip(project(x + step_size * sign(gradient)))`` in l_inf, ``gradient / ||gradient||_2`` for the sign in l_2
+    (Madry et al., arXiv 1706.06083). Per image the end is kept that fools the model, and of several that do not the
+    one with the largest loss; an image that is fooled is not attacked again by the restarts that follow.
 
     Args:
-        model, images, labels, eps: as in ``fgsm``.
-        step_size: of a signed step, >= 0.
+        model, images, labels, eps, norm: as in ``fgsm``.
+        step_size: length of a step in ``norm``, >= 0. It decides how strong the attack is and has no default.
         n_steps, n_restarts: at least 1.
+        loss: that is climbed, ``"cross-entropy"`` or ``"margin"``.
         generator: on the CPU; of the random starts, uniform in the ball.
 
     Raises:
-        TypeError, ValueError: as ``fgsm``, and for ``step_size``, ``n_steps`` and ``n_restarts``.
+        TypeError, ValueError: as ``fgsm``, and for ``step_size``, ``n_steps``, ``n_restarts`` and ``loss``.
     """
-    _check_radius("eps", eps)
-    _check_radius("step_size", step_size)
-    for name, value in (("n_steps", n_steps), ("n_restarts", n_restarts)):
-        if value < 1:
-            raise ValueError(f"{name}={value!r} is too small, expected at least 1")
-    low, high = (images - eps).clamp(min=0.0), (images + eps).clamp(max=1.0)
-    best, best_loss = images, torch.full(labels.shape, -torch.inf, device=images.device)
-    best_fools = torch.zeros_like(labels, dtype=torch.bool)
-    with _input_gradient_only(model):
+    _inputs.check_radius("eps", eps)
+    _inputs.check_radius("step_size", step_size)
+    _inputs.check_count("n_steps", n_steps)
+    _inputs.check_count("n_restarts", n_restarts)
+    _checks.choice("norm", norm, _inputs.NORMS)
+    _checks.choice("loss", loss, tuple(LOSSES))
+    with _inputs.attacked(model, images, labels):
+        best, best_loss = images.clone(), torch.full(labels.shape, -torch.inf, device=images.device)
+        fooled = torch.zeros_like(labels, dtype=torch.bool)
         for _ in range(n_restarts):
-            start = torch.rand(images.shape, generator=generator, dtype=images.dtype).to(images.device)
-            adversarial = (images + eps * (2.0 * start - 1.0)).clamp(low, high)
+            start = images + eps * _in_unit_ball(images, norm, generator)
+            left = (~fooled).nonzero()[:, 0]
+            if not len(left):
+                break
+            clean, right, adversarial = images[left], labels[left], start[left].clamp(0.0, 1.0)
             for _ in range(n_steps):
-                gradient = _loss_gradient(model, adversarial, labels)
-                adversarial = (adversarial + step_size * gradient.sign()).clamp(low, high)
+                step = step_size * _direction(_gradient(model, adversarial, right, loss), norm)
+                adversarial = _project(adversarial + step, clean, eps, norm)
             with torch.no_grad():
                 logits = model(adversarial)
-            fools, loss = logits.argmax(1) != labels, F.cross_entropy(logits, labels, reduction="none")
-            better = (fools & ~best_fools) | ((fools == best_fools) & (loss > best_loss))
-            best = torch.where(better[:, None, None, None], adversarial, best)
-            best_loss, best_fools = torch.where(better, loss, best_loss), best_fools | fools
+                height = LOSSES[loss](logits, right).to(best_loss)
+            fools = logits.argmax(1) != right
+            better = fools | (height > best_loss[left])
+            best[left[better]], best_loss[left[better]] = adversarial[better], height[better]
+            fooled[left] = fools
     return best
 
 
-def _loss_gradient(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    """Gradient of the cross-entropy of every image, ``(B, C, H, W)``."""
+def _gradient(model: nn.Module, images: Tensor, labels: Tensor, loss: str) -> Tensor:
+    """Of every image's loss to the image, ``(B, C, H, W)``."""
     with torch.enable_grad():
         images = images.detach().requires_grad_()
-        loss = F.cross_entropy(model(images), labels, reduction="sum")
-        (gradient,) = torch.autograd.grad(loss, images)
+        logits = model(images)
+        _inputs.check_logits(logits, labels)
+        (gradient,) = torch.autograd.grad(LOSSES[loss](logits, labels).sum(), images)
     return gradient
 
 
-@contextmanager
-def _input_gradient_only(model: nn.Module) -> Iterator[None]:
-    """No parameter requires a gradient inside; what did before does again afterwards."""
-    if model.training:
-        raise ValueError(
-            "model is in training mode, expected model.eval(): dropout and batch norm would blur the attack"
-        )
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trainable:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
+def _direction(gradient: Tensor, norm: str) -> Tensor:
+    """The steepest ascent of length 1 in the norm; no step where the gradient is zero."""
+    return gradient.sign() if norm == "inf" else gradient / _lengths(gradient)
 
 
-def _check_radius(name: str, value: float) -> None:
-    _checks.number(name, value)
-    if value < 0:
-        raise ValueError(f"{name}={value!r} is negative, expected a number >= 0")
+def _project(adversarial: Tensor, images: Tensor, eps: float, norm: str) -> Tensor:
+    """To the ball, then to [0, 1]; as the images lie there, the second does not leave the ball."""
+    if norm == "inf":
+        return adversarial.clamp((images - eps).clamp(min=0.0), (images + eps).clamp(max=1.0))
+    change = adversarial - images
+    return (images + change * (eps / _lengths(change)).clamp(max=1.0)).clamp(0.0, 1.0)
+
+
+def _in_unit_ball(images: Tensor, norm: str, generator: torch.Generator) -> Tensor:
+    """Uniform in the ball: in l_2 a normal vector's direction at radius ``u^(1/d)``."""
+    if norm == "inf":
+        return 2.0 * torch.rand(images.shape, generator=generator, dtype=images.dtype).to(images.device) - 1.0
+    normal = torch.randn(images.shape, generator=generator, dtype=images.dtype)
+    radius = torch.rand((len(images), 1, 1, 1), generator=generator, dtype=images.dtype) ** (1 / images[0].numel())
+    return (radius * normal / _lengths(normal)).to(images.device)
+
+
+def _lengths(images: Tensor) -> Tensor:
+    """l_2 norms ``(B, 1, 1, 1)``, never zero: a zero divided by it stays zero."""
+    lengths = torch.linalg.vector_norm(images, dim=(1, 2, 3), keepdim=True)
+    return lengths.clamp(min=torch.finfo(images.dtype).tiny)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,38 +10,103 @@ import torch
 from torch import Tensor, nn
 
 from robust_node_fast import _checks
-from robust_node_fast.robustness import attacks, noise
-from robust_node_fast.robustness.report import Check, Report, Result
+from robust_node_fast._version import __version__
+from robust_node_fast.robustness import auto_attack, checks
+from robust_node_fast.robustness._inputs import check_batch, check_model, check_radius, predict
+from robust_node_fast.robustness.report import Check, Example, Report, Result
+from robust_node_fast.robustness.suite import BALLS, SUITES, Attack, transferred
 
 __all__ = ["evaluate"]
 
-SUITES = ("standard",)
-SIGMAS = (0.1, 0.2, 0.3)
-FRACTIONS = (0.05, 0.2)
-PGD_STEPS = 40
-PGD_STEP_SIZE = 2.5  # times eps / PGD_STEPS (Madry et al.): can cross the ball, and settle in it
+SHOWN = 8  # images in the report
 
 Batch = tuple[Tensor, Tensor]
-Corrupt = Callable[[Tensor, Tensor, torch.Generator], Tensor]
+Certify = Callable[[nn.Module, Tensor, Tensor, float], Tensor]
 
 
-@dataclass
+@dataclass(eq=False)
 class _Test:
-    """One line of the suite, its random numbers, and what it counted so far."""
+    """One line of the report: its random numbers, what it counted so far, and the first images of it."""
 
     name: str
-    strength: float
-    corrupt: Corrupt
-    seeds: tuple[int, ...]
+    strength: float = 0.0
+    measure: str = ""
+    seeds: tuple[int, ...] = (0,)
     settings: dict[str, Any] = field(default_factory=dict)
+    shown: bool = False
+    example: Example | None = None
 
     def __post_init__(self) -> None:
         self.generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
         self.correct = [0] * len(self.seeds)
 
+    def classify(self, model: nn.Module, images: Tensor, labels: Tensor, seed: int = 0) -> Tensor:
+        """Which images ``(B,)`` the model gets right; counted."""
+        predicted = predict(model, images, labels)
+        if self.shown and self.example is None:
+            few = slice(SHOWN)
+            classes = tuple(labels[few].tolist()), tuple(predicted[few].tolist())
+            self.example = Example(self.result(1).label, images[few].cpu(), *classes)
+        return self.count(predicted == labels, seed)
+
+    def count(self, right: Tensor, seed: int = 0) -> Tensor:
+        self.correct[seed] += int(right.sum())
+        return right
+
+    def accuracy(self, n_samples: int) -> float:
+        return self.result(n_samples).mean
+
     def result(self, n_samples: int) -> Result:
         per_seed = tuple(correct / n_samples for correct in self.correct)
-        return Result(self.name, self.strength, per_seed, self.settings)
+        return Result(self.name, self.strength, per_seed, self.settings, self.measure)
+
+
+class _Ball:
+    """All attacks of one radius in one norm, image by image."""
+
+    def __init__(self, attacks: Sequence[Attack], norm: str, eps: float, seed: int, shown: bool) -> None:
+        self.norm, self.eps, measure = norm, eps, BALLS[norm]
+        self.attacks = [
+            (attack, _Test(attack.name, eps, measure, (seed,), attack.settings(eps), shown))
+            for attack in attacks
+            if attack.norm == norm
+        ]
+        self.worst = _Test("worst case", eps, measure)
+        self.certified = _Test("certified", eps, measure)
+        self.iterative, self.white = _Test("iterative"), _Test("white box")  # for the checks only
+        self.broken = 0  # certified images that fell
+
+    def run(self, model: nn.Module, images: Tensor, labels: Tensor, unharmed: Tensor) -> Tensor:
+        """Which images survive everything."""
+        survives, iterative, white = unharmed, torch.ones_like(unharmed), torch.ones_like(unharmed)
+        for attack, test in self.attacks:
+            attacked = attack.run(attack.source or model, images, labels, self.eps, test.generators[0])
+            right = test.classify(model, attacked, labels)
+            survives = survives & right
+            if attack.kind == "iterative":
+                iterative = iterative & right
+            if attack.kind != "black box":
+                white = white & right
+        self.iterative.count(iterative)
+        self.white.count(white)
+        return self.worst.count(survives)
+
+    def certify(self, certified: Tensor, survives: Tensor) -> None:
+        self.certified.count(certified)
+        self.broken += int((certified & ~survives).sum())
+
+    def tests(self, certify: Certify | None) -> list[_Test]:
+        certified = [] if certify is None or self.norm != "inf" else [self.certified]
+        return [*(test for _, test in self.attacks), self.worst, *certified]
+
+    def checks(self, clean: float, n_samples: int, certify: Certify | None) -> Iterator[Check]:
+        (single,) = (test.accuracy(n_samples) for attack, test in self.attacks if attack.kind == "single step")
+        black = {attack.name: test.accuracy(n_samples) for attack, test in self.attacks if attack.kind == "black box"}
+        name, iterative = f"{BALLS[self.norm]} {self.eps:g}", self.iterative.accuracy(n_samples)
+        yield from checks.order(name, clean, single, iterative, self.white.accuracy(n_samples), black)
+        if self.certified in self.tests(certify):
+            detail = f"{self.broken} of {self.certified.correct[0]} certified images fall to an attack"
+            yield Check(f"certified <= attacked for every image at {name}", not self.broken, detail)
 
 
 def evaluate(
@@ -50,163 +115,149 @@ def evaluate(
     *,
     suite: str = "standard",
     eps: float | Sequence[float] = 0.1,
+    eps_l2: float | Sequence[float] | None = None,
     seeds: Sequence[int] = (0, 1, 2),
+    sources: Mapping[str, nn.Module] | None = None,
+    certify: Certify | None = None,
     batch_size: int = 128,
     on_batch: Callable[[int], None] | None = None,
 ) -> Report:
-    """Accuracy on clean images, under noise and under attack.
+    """Accuracy on clean images, under noise and under attack, and in the worst case over all attacks image by image.
 
-    The suite ``"standard"``: Gaussian noise of sigma 0.1, 0.2 and 0.3 (not clipped), salt-and-pepper noise on 5% and
-    20% of the pixels, both for every seed; FGSM and PGD in the l_inf ball of every ``eps``, PGD with 40 steps of
-    ``2.5 * eps / 40`` from one random start (the first seed's). The checks compare the results with one another:
-    PGD <= FGSM <= clean, and eps 0 leaves every prediction as it is.
+    Noise is drawn for every seed and not clipped; attacks start from the first seed. The suites:
+
+    - ``"quick"``: Gaussian noise of sigma 0.2; FGSM; PGD with 10 steps.
+    - ``"standard"``: Gaussian noise of sigma 0.1, 0.2 and 0.3, salt-and-pepper noise on 5% and 20% of the pixels; FGSM;
+      PGD with 40 steps.
+    - ``"full"``: these, uniform and shot noise; PGD with 40 steps and 5 restarts, once on the cross-entropy and once on
+      the margin; the Square attack with 1,000 queries (l_inf); AutoAttack, where its authors' code is installed.
+
+    PGD takes steps of ``2.5 * eps / n_steps``. The checks of ``robustness.checks`` are run on the results.
 
     Args:
         model: in eval mode; images to logits ``(B, K)``. Runs on the device of its parameters.
         data: ``(images, labels)``, images ``(n, C, H, W)`` in [0, 1] and int64 labels ``(n,)``; or an iterable of such
             batches, which is read once.
-        suite: ``"standard"``.
-        eps: radius of the attacks, or several.
+        suite: ``"quick"``, ``"standard"`` or ``"full"``.
+        eps: l_inf radius of the attacks, or several.
+        eps_l2: l_2 radius, or several, or ``()`` for no attack in l_2; None: 0.5, 1 and 2 in the full suite, else none.
         seeds: of the noise; the spread over them is reported.
+        sources: other models, on the same device, by name: the suite's PGD is run on each, and what it finds there is
+            shown to ``model`` (transfer).
+        certify: ``certify(model, images, labels, eps) -> (B,) bool``, true only where no image in the l_inf ball is
+            classified otherwise (``rnf.certify.linf_certified``): reported, and checked against every attack.
         batch_size: of a pair of tensors; batches are taken as they come.
         on_batch: called after every batch with the number of images done.
 
     Raises:
-        TypeError, ValueError: ``model`` is in training mode or has weights that are not finite; ``data`` is empty, its
-            images and labels do not fit, are not finite or out of [0, 1], or a label is no class of the model; ``eps``
-            is negative; ``seeds`` is empty; unknown ``suite``.
+        TypeError, ValueError: ``model`` or a source is in training mode or has weights that are not finite; ``data`` is
+            empty, its images and labels do not fit, are not finite or out of [0, 1], or a label is no class of the
+            model; a radius is negative; ``seeds`` is empty; unknown ``suite``; logits are not finite.
     """
-    _checks.choice("suite", suite, SUITES)
-    _check_model(model)
-    radii = _radii(eps)
+    _checks.choice("suite", suite, tuple(SUITES))
+    chosen, sources = SUITES[suite], sources or {}
+    check_model(model)
+    for name, source in sources.items():
+        check_model(source, f"source {name!r}")
+    radii = {"inf": _radii("eps", eps), "2": _radii("eps_l2", chosen.eps_l2 if eps_l2 is None else eps_l2)}
+    if not radii["inf"]:
+        raise ValueError("eps is empty, expected at least one radius")
     if not seeds:
         raise ValueError("seeds is empty, expected at least one seed")
-    tests = _standard(model, radii, tuple(seeds))
+    attacks = [attack for attack in (*chosen.attacks, *transferred(chosen, sources)) if radii[attack.norm]]
+    notes = []
+    if not auto_attack.available() and any(attack.kind == "AutoAttack" for attack in attacks):
+        attacks = [attack for attack in attacks if attack.kind != "AutoAttack"]
+        notes.append(f"{auto_attack.MISSING}.")
+
+    clean = _Test("clean", shown=True)
+    noises = [
+        (noise, _Test(noise.name, by, noise.measure, tuple(seeds), shown=by == max(noise.strengths)))
+        for noise in chosen.noises
+        for by in noise.strengths
+    ]
+    balls = [
+        _Ball(attacks, norm, radius, seeds[0], shown=radius == max(radii[norm]))
+        for norm in BALLS
+        for radius in radii[norm]
+    ]
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    n_samples = unchanged = 0
+    probe: list[Batch] = []
+    n_samples = 0
     for batch in _batches(data, batch_size):
         images, labels = (tensor.to(device) for tensor in batch)
-        clean = _predict(model, images, labels)
-        for test in tests:
+        unharmed = clean.classify(model, images, labels)
+        for noise, test in noises:
             for k, generator in enumerate(test.generators):
-                predicted = _predict(model, test.corrupt(images, labels, generator), labels)
-                test.correct[k] += int((predicted == labels).sum())
-        nowhere = attacks.pgd(model, images, labels, 0.0, step_size=0.0, n_steps=1, generator=torch.Generator())
-        for attacked in (attacks.fgsm(model, images, labels, 0.0), nowhere):
-            unchanged += int((_predict(model, attacked, labels) == clean).sum())
+                test.classify(model, noise.apply(images, test.strength, generator), labels, k)
+        for ball in balls:
+            survives = ball.run(model, images, labels, unharmed)
+            if certify is not None and ball.norm == "inf":
+                ball.certify(_certified(certify, model, images, labels, ball.eps), survives)
+        if n_samples < checks.PROBE:
+            probe.append((images[: checks.PROBE - n_samples], labels[: checks.PROBE - n_samples]))
         n_samples += len(labels)
         if on_batch is not None:
             on_batch(n_samples)
     if n_samples == 0:
         raise ValueError("data is empty, expected at least one image")
-    results = tuple(test.result(n_samples) for test in tests)
+
+    first_images, first_labels = (torch.cat(tensors) for tensors in zip(*probe, strict=True))
+    ours = [attack for attack in attacks if attack.kind != "AutoAttack"]
+    found = [check for ball in balls for check in ball.checks(clean.accuracy(n_samples), n_samples, certify)]
+    found.append(checks.at_zero(model, ours, first_images, first_labels))
+    found += checks.at_large_radius(model, ours, first_images, first_labels)
+    tests = [clean, *(test for _, test in noises), *(test for ball in balls for test in ball.tests(certify))]
     settings = {
-        "eps": radii,
+        "eps": radii["inf"],
+        "eps_l2": radii["2"],
         "seeds": list(seeds),
-        "pgd_steps": PGD_STEPS,
-        "pgd_step_size": f"{PGD_STEP_SIZE} eps / {PGD_STEPS}",
+        "sources": list(sources),
+        "device": str(device),
+        "torch": torch.__version__,
+        "robust_node_fast": __version__,
     }
-    checks = (*_order_checks(results, radii), _zero_check(unchanged, 2 * n_samples))
-    return Report(suite, n_samples, results, checks, settings)
+    return Report(
+        suite,
+        n_samples,
+        results=tuple(test.result(n_samples) for test in tests),
+        checks=tuple(found),
+        settings=settings,
+        notes=tuple(notes),
+        rates=_rates(model),
+        examples=tuple(test.example for test in tests if test.example is not None),
+    )
 
 
-def _standard(model: nn.Module, radii: list[float], seeds: tuple[int, ...]) -> list[_Test]:
-    tests = [_Test("clean", 0.0, lambda images, labels, generator: images, seeds[:1])]
-    for sigma in SIGMAS:
-        tests.append(_Test("gaussian", sigma, _noise(noise.gaussian, sigma), seeds))
-    for fraction in FRACTIONS:
-        tests.append(_Test("salt_and_pepper", fraction, _noise(noise.salt_and_pepper, fraction), seeds))
-    for eps in radii:
-        tests.append(_Test("fgsm", eps, _fgsm(model, eps), seeds[:1]))
-        settings = {"step_size": PGD_STEP_SIZE * eps / PGD_STEPS, "n_steps": PGD_STEPS, "n_restarts": 1}
-        tests.append(_Test("pgd", eps, _pgd(model, eps, settings), seeds[:1], settings))
-    return tests
-
-
-def _noise(function: Callable[[Tensor, float, torch.Generator], Tensor], strength: float) -> Corrupt:
-    return lambda images, labels, generator: function(images, strength, generator)
-
-
-def _fgsm(model: nn.Module, eps: float) -> Corrupt:
-    return lambda images, labels, generator: attacks.fgsm(model, images, labels, eps)
-
-
-def _pgd(model: nn.Module, eps: float, settings: dict[str, Any]) -> Corrupt:
-    return lambda images, labels, generator: attacks.pgd(model, images, labels, eps, generator=generator, **settings)
-
-
-def _order_checks(results: tuple[Result, ...], radii: list[float]) -> Iterator[Check]:
-    """A stronger attack never leaves a higher accuracy."""
-    accuracy = {(result.name, result.strength): result.mean for result in results}
-    clean = accuracy["clean", 0.0]
-    for eps in radii:
-        fgsm, pgd = accuracy["fgsm", eps], accuracy["pgd", eps]
-        detail = f"{pgd:.2%}, {fgsm:.2%}, {clean:.2%}"
-        yield Check(f"PGD <= FGSM <= clean at eps {eps:g}", pgd <= fgsm <= clean, detail)
-
-
-def _zero_check(unchanged: int, total: int) -> Check:
-    return Check("eps 0 = clean", unchanged == total, f"{unchanged} of {total} predictions under attack unchanged")
+def _certified(certify: Certify, model: nn.Module, images: Tensor, labels: Tensor, eps: float) -> Tensor:
+    found = certify(model, images, labels, eps)
+    if not isinstance(found, Tensor) or found.dtype != torch.bool or found.shape != labels.shape:
+        what = f"{found.dtype} {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+        raise TypeError(f"certify gives {what}, expected a bool tensor {tuple(labels.shape)}")
+    return found.to(labels.device)
 
 
 @torch.no_grad()
-def _predict(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    logits = model(images)
-    if logits.dim() != 2 or len(logits) != len(labels):
-        raise ValueError(f"model gives {tuple(logits.shape)} for {len(labels)} images, expected logits (B, K)")
-    if int(labels.max()) >= logits.shape[1]:
-        raise ValueError(
-            f"data has label {int(labels.max())}, expected labels below the model's {logits.shape[1]} classes"
-        )
-    return logits.argmax(1)
+def _rates(model: nn.Module) -> dict[str, tuple[float, ...]]:
+    """Contraction rate of every Euler step in both norms, of a model that can say it."""
+    rate = getattr(model, "contraction_rate", None)
+    return {} if rate is None else {norm: tuple(rate(norm=norm).tolist()) for norm in ("2", "inf")}
 
 
 def _batches(data: Batch | Iterable[Batch], batch_size: int) -> Iterator[Batch]:
     if isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Tensor):
         images, labels = data
-        _check_batch(images, labels)
+        check_batch(images, labels)
         yield from zip(torch.split(images, batch_size), torch.split(labels, batch_size), strict=True)
         return
     for batch in data:
         images, labels = batch
-        _check_batch(images, labels)
+        check_batch(images, labels)
         yield images, labels
 
 
-def _check_batch(images: object, labels: object) -> None:
-    _checks.tensor("data's images", images)
-    if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
-        kind = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-        raise TypeError(f"data's labels are {kind}, expected an int64 tensor")
-    assert isinstance(images, Tensor)
-    if images.dim() != 4 or labels.shape != images.shape[:1]:
-        raise ValueError(
-            f"data has images {tuple(images.shape)} and labels {tuple(labels.shape)}, expected (n, C, H, W) and (n,)"
-        )
-    if not len(labels):
-        raise ValueError("data is empty, expected at least one image")
-    if not (float(images.min()) >= 0.0 and float(images.max()) <= 1.0):  # false for NaN as well
-        raise ValueError(
-            f"data has images from {float(images.min())} to {float(images.max())}, expected values in [0, 1]"
-        )
-    if int(labels.min()) < 0:
-        raise ValueError(f"data has label {int(labels.min())}, expected labels >= 0")
-
-
-def _check_model(model: nn.Module) -> None:
-    if model.training:
-        raise ValueError("model is in training mode, expected model.eval()")
-    for name, tensor in model.state_dict().items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise ValueError(f"model has values that are not finite in {name}, expected finite weights")
-
-
-def _radii(eps: float | Sequence[float]) -> list[float]:
+def _radii(name: str, eps: float | Sequence[float]) -> list[float]:
     radii = [eps] if isinstance(eps, (int, float)) else list(eps)
-    if not radii:
-        raise ValueError("eps is empty, expected at least one radius")
     for radius in radii:
-        _checks.number("eps", radius)
-        if radius < 0:
-            raise ValueError(f"eps={radius!r} is negative, expected a radius >= 0")
+        check_radius(name, radius)
     return [float(radius) for radius in radii]

@@ -1,24 +1,26 @@
-"""What an evaluation found, as a table, as JSON and as a plot."""
+"""What an evaluation found: as a table, as JSON, as a plot and as a page."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Check", "Report", "Result"]
+from torch import Tensor
+
+__all__ = ["Check", "Example", "Report", "Result"]
 
 
 @dataclass(frozen=True)
 class Result:
     """Accuracy under one corruption of one strength: per seed, with mean and (sample) standard deviation."""
 
-    name: str  # "clean", "gaussian", "salt_and_pepper", "fgsm", "pgd"
-    strength: float  # sigma, fraction or eps
+    name: str  # "clean", a noise, an attack, "worst case" over clean and all attacks, "certified"
+    strength: float
     per_seed: tuple[float, ...]
-    settings: dict[str, Any]
+    settings: dict[str, Any] = field(default_factory=dict)
+    measure: str = ""  # what the strength is: "sigma", "l_inf eps", ...
 
     @property
     def mean(self) -> float:
@@ -34,9 +36,8 @@ class Result:
 
     @property
     def label(self) -> str:
-        return (
-            self.name.replace("_", "-") if self.name == "clean" else f"{self.name.replace('_', '-')} {self.strength:g}"
-        )
+        name = self.name.replace("_", "-")
+        return f"{name}, {self.measure} {self.strength:g}" if self.measure else name
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,16 @@ class Check:
 
 
 @dataclass(frozen=True)
+class Example:
+    """A few images under one corruption ``(n, C, H, W)``, their labels, and what the model took them for."""
+
+    test: str  # a result's label
+    images: Tensor
+    labels: tuple[int, ...]
+    predicted: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Report:
     """The results of ``evaluate``, the checks on them, and the settings that produced them."""
 
@@ -57,73 +68,90 @@ class Report:
     results: tuple[Result, ...]
     checks: tuple[Check, ...]
     settings: dict[str, Any]
+    notes: tuple[str, ...] = ()  # what was left out, and why
+    rates: dict[str, tuple[float, ...]] = field(default_factory=dict)  # contraction rate of every step, by norm
+    examples: tuple[Example, ...] = field(default=(), compare=False)
 
-    def accuracy(self, name: str, strength: float = 0.0) -> float:
-        """Mean accuracy of one result.
+    @property
+    def reliable(self) -> bool:
+        """Every check held. Otherwise the attacks may have failed rather than the model resisted."""
+        return all(check.passed for check in self.checks)
+
+    @property
+    def verdict(self) -> str:
+        failed = [check.name for check in self.checks if not check.passed]
+        if failed:
+            return f"UNRELIABLE: {len(failed)} of {len(self.checks)} checks failed ({'; '.join(failed)})."
+        return f"All {len(self.checks)} checks held."
+
+    def accuracy(self, name: str, strength: float = 0.0, measure: str | None = None) -> float:
+        """Mean accuracy of one result; ``measure`` tells apart attacks of one name in two norms.
 
         Raises:
-            KeyError: there is no such result.
+            KeyError: there is no such result, or more than one.
         """
-        for result in self.results:
-            if result.name == name and result.strength == strength:
-                return result.mean
-        raise KeyError(f"no result {name!r} of strength {strength!r}, there are {[r.label for r in self.results]}")
+        found = [
+            result.mean
+            for result in self.results
+            if (result.name, result.strength) == (name, strength) and measure in (None, result.measure)
+        ]
+        if len(found) != 1:
+            what = "no result" if not found else "more than one result"
+            raise KeyError(f"{what} {name!r} of strength {strength!r}, there are {[r.label for r in self.results]}")
+        return found[0]
 
     def to_markdown(self) -> str:
+        verdict = self.verdict if self.reliable else f"**{self.verdict}**"
         lines = [
-            f"Suite `{self.suite}`, {self.n_samples} images.",
+            f"Suite `{self.suite}`, {self.n_samples} images. {verdict}",
             "",
             "| test | accuracy | spread over seeds | settings |",
             "|---|---|---|---|",
         ]
         for result in self.results:
-            spread = f"{result.std:.2%} ({len(result.per_seed)} seeds)" if len(result.per_seed) > 1 else ""
-            settings = ", ".join(f"{name} {_short(value)}" for name, value in result.settings.items())
-            lines.append(f"| {result.label} | {result.mean:.2%} | {spread} | {settings} |")
+            lines.append(f"| {result.label} | {result.mean:.2%} | {spread(result)} | {settings(result)} |")
         lines += ["", "| check | held | detail |", "|---|---|---|"]
         lines += [f"| {check.name} | {'yes' if check.passed else '**NO**'} | {check.detail} |" for check in self.checks]
+        if self.rates:
+            lines += ["", "| contraction rate of step | " + " | ".join(f"norm {norm}" for norm in self.rates) + " |"]
+            lines += ["|---" * (len(self.rates) + 1) + "|"]
+            for step, rates in enumerate(zip(*self.rates.values(), strict=True), start=1):
+                lines.append(f"| {step} | " + " | ".join(f"{rate:.4g}" for rate in rates) + " |")
+        lines += [line for note in self.notes for line in ("", note)]
         return "\n".join(lines) + "\n"
 
     def to_json(self) -> str:
-        content = dataclasses.asdict(self)
-        for entry, result in zip(content["results"], self.results, strict=True):
-            entry |= {"mean": result.mean, "std": result.std}
+        content = {
+            "suite": self.suite,
+            "n_samples": self.n_samples,
+            "reliable": self.reliable,
+            "results": [asdict(result) | {"mean": result.mean, "std": result.std} for result in self.results],
+            "checks": [asdict(check) for check in self.checks],
+            "settings": self.settings,
+            "notes": self.notes,
+            "rates": self.rates,
+        }
         return json.dumps(content, indent=2)
+
+    def to_html(self, title: str = "Robustness report") -> str:
+        """One page that needs nothing else: curves, tables, checks, example images."""
+        from robust_node_fast.robustness import page
+
+        return page.render(self, title)
 
     def plot(self, path: str | Path) -> None:
         """Accuracy against the strength of every noise and attack, as an image file; its suffix decides the format."""
-        plot_accuracy({"": self}, path)
+        from robust_node_fast.robustness import curves
+
+        curves.plot_accuracy({"": self}, path)
 
 
-PANELS = (
-    ("Gaussian sigma", ("gaussian",)),
-    ("salt-and-pepper fraction", ("salt_and_pepper",)),
-    ("eps", ("fgsm", "pgd")),
-)
+def spread(result: Result) -> str:
+    return f"{result.std:.2%} ({len(result.per_seed)} seeds)" if len(result.per_seed) > 1 else ""
 
 
-def plot_accuracy(reports: dict[str, Report], path: str | Path) -> None:
-    """One panel per kind of corruption, one line per corruption and report; all lines start at the clean accuracy."""
-    from matplotlib.figure import Figure  # without pyplot: no global state, no display
-
-    figure = Figure(figsize=(4 * len(PANELS), 3.2), layout="constrained")
-    axes = figure.subplots(1, len(PANELS), sharey=True)
-    for axis, (xlabel, names) in zip(axes, PANELS, strict=True):
-        for number, (title, report) in enumerate(reports.items()):
-            for name, style in zip(names, ("-", "--"), strict=False):
-                points = [
-                    (result.strength, result.mean, result.std) for result in report.results if result.name == name
-                ]
-                points = sorted({(0.0, report.accuracy("clean"), 0.0), *points})
-                x, y, error = zip(*points, strict=True)
-                label = " ".join(part for part in (title, name.replace("_", "-")) if part)
-                axis.errorbar(x, y, error, label=label, linestyle=style, marker="o", color=f"C{number}", capsize=3)
-        axis.set(xlabel=xlabel, ylim=(0, 1))
-        axis.grid(alpha=0.3)
-        axis.legend()
-    axes[0].set_ylabel("accuracy")
-    figure.savefig(path)
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def settings(result: Result) -> str:
+    return ", ".join(
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in result.settings.items()
+    )
