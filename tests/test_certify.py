@@ -1,4 +1,4 @@
-"""Contract of rnf.certify: neither attack nor random search ever breaks a certificate; bounds against dense operators."""
+"""Contract of rnf.certify: neither attack nor random search breaks a certificate; bounds against dense operators."""
 
 from __future__ import annotations
 
