@@ -80,6 +80,8 @@ def same_function(model: nn.Module, x: Tensor, logits: Tensor) -> None:
     Raises:
         ValueError: they do not.
     """
+    if len(x) == 0:
+        return
     deployed = model(x)
     if not torch.allclose(deployed, logits, rtol=1e-6, atol=1e-6 * (1.0 + deployed.abs().max().item())):
         raise ValueError("model.layers() does not compute what model.forward() does: no certificate is possible")
