@@ -18,7 +18,7 @@ bench: $(VENV)/.bench
 
 setup: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml setup.py requirements-dev.txt $(wildcard csrc/*.cpp csrc/cpu/*)
+$(VENV)/.installed: pyproject.toml setup.py requirements-dev.txt $(wildcard csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements-dev.txt "setuptools>=77" "pybind11>=2.12" ninja
 	$(BIN)/python -m pip install --disable-pip-version-check -q --no-build-isolation -e ".[test,tensorboard]"
@@ -29,4 +29,4 @@ $(VENV)/.bench: $(VENV)/.installed requirements-bench.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info robust_node_fast/_C*.so
+	rm -rf $(VENV) build dist *.egg-info robust_node_fast/_C*.so robust_node_fast/_cuda_C*.so

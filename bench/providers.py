@@ -92,7 +92,7 @@ def penalty_loop(weight: Tensor) -> Tensor:
     return total
 
 
-def _call(
+def calling(
     function: Callable[[Tensor], Tensor], argument: Tensor, wanted: Sequence[Tensor], grad: Tensor | None
 ) -> Callable[[], Any]:
     """``(function(argument), *gradients)``; without anything wanted, as inference."""
@@ -108,7 +108,7 @@ def _call(
     return differentiate if wanted else infer
 
 
-def _stacked(steps: int) -> Callable[[Any], tuple[Tensor, ...]]:
+def stacked(steps: int) -> Callable[[Any], tuple[Tensor, ...]]:
     """Gradients of ``steps`` weights and biases, one tensor each, stacked as the exact results are."""
 
     def results(found: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -119,7 +119,7 @@ def _stacked(steps: int) -> Callable[[Any], tuple[Tensor, ...]]:
     return results
 
 
-def _as_is(found: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def as_is(found: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return found
 
 
@@ -147,15 +147,15 @@ class Torch(Provider):
         if problem.work.kind == "penalty":
             leaf = weight.clone().requires_grad_()
             penalty = self._transformed(lambda w: rnf.reference.contraction_penalty(w, rate=RATE))
-            return Prepared(_call(penalty, leaf, (leaf,), None), _as_is)
+            return Prepared(calling(penalty, leaf, (leaf,), None), as_is)
         flow = PlainFlow(weight, bias, problem.work.step_size, mode in ("forward+backward", "memory"))
         flow.to(memory_format=self.layout)
         input, grad = (t.to(memory_format=self.layout, copy=True) for t in (input, grad))
         input.requires_grad_(mode in GRADIENTS)
         parameters = [p for part in ("weight", "bias") for p in (getattr(conv, part) for conv in flow.convs)]
         wanted = [p for p in (input, *parameters) if p.requires_grad]
-        call = _call(self._transformed(flow.eval()), input, wanted, grad)
-        return Prepared(call, _stacked(len(flow.convs)), tuple(parameters))
+        call = calling(self._transformed(flow.eval()), input, wanted, grad)
+        return Prepared(call, stacked(len(flow.convs)), tuple(parameters))
 
     def _transformed(self, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         if self.options is None:
@@ -173,7 +173,7 @@ class PenaltyLoop(Provider):
 
     def prepare(self, problem: Problem, mode: str, threads: int) -> Prepared:
         leaf = problem.tensors[1].clone().requires_grad_()
-        return Prepared(_call(penalty_loop, leaf, (leaf,), None), _as_is)
+        return Prepared(calling(penalty_loop, leaf, (leaf,), None), as_is)
 
 
 class Torchdiffeq(Provider):
@@ -204,7 +204,7 @@ class Torchdiffeq(Provider):
             return odeint(field, z, grid[[0, -1]], method="euler", options=options)[-1]
 
         wanted = [p for p in (input, *weights, *biases) if p.requires_grad]
-        return Prepared(_call(flow, input, wanted, grad), _stacked(steps), (*weights, *biases))
+        return Prepared(calling(flow, input, wanted, grad), stacked(steps), (*weights, *biases))
 
 
 class Ours(Provider):
@@ -227,7 +227,7 @@ class Ours(Provider):
         if problem.work.kind == "penalty":
             weight.requires_grad_()
             penalty = lambda w: rnf.functional.contraction_penalty(w, rate=RATE)  # noqa: E731
-            return Prepared(_call(penalty, weight, (weight,), None), _as_is)
+            return Prepared(calling(penalty, weight, (weight,), None), as_is)
         trained = mode in ("forward+backward", "memory")
         input.requires_grad_(mode in GRADIENTS)
         weight.requires_grad_(trained)
@@ -238,7 +238,7 @@ class Ours(Provider):
             return rnf.functional.euler_conv_flow(z, weight, bias, step_size=h, recompute=self.recompute)
 
         wanted = [p for p in (input, weight, bias) if p.requires_grad]
-        return Prepared(_call(flow, input, wanted, grad), _as_is, (weight, bias))
+        return Prepared(calling(flow, input, wanted, grad), as_is, (weight, bias))
 
 
 def onnx_model(problem: Problem) -> bytes:

@@ -2,6 +2,8 @@
 
 Within a round every provider takes its turn, in an order drawn anew each time, so that drift of the machine hits all
 alike. Ratios within one run are what counts; absolute times drift between machines and days.
+
+``python bench/run.py`` is ``rnf bench``.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import math
 import platform
 import random
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -25,11 +28,10 @@ import torch
 from torch._inductor.utils import fresh_cache
 
 import robust_node_fast as rnf
-
-from . import memory, verify
-from .providers import PROVIDERS, Prepared, Provider
-from .registry import OURS, SAVING, Problem, Workload
-from .rows import Row
+from robust_node_fast.bench import memory, verify
+from robust_node_fast.bench.providers import PROVIDERS, Prepared, Provider
+from robust_node_fast.bench.registry import OURS, SAVING, Problem, Workload
+from robust_node_fast.bench.rows import Row
 
 MIN_ROUNDS, MAX_ROUNDS = 7, 400
 # Calls are repeated until a turn takes this long: the clock and the call of a lambda then cost nothing.
@@ -313,3 +315,9 @@ def processor() -> str:
     return next(
         (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
     )
+
+
+if __name__ == "__main__":
+    from robust_node_fast.cli import app
+
+    app(["bench", *sys.argv[1:]], prog_name="rnf")

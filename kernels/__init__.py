@@ -1,1 +1,1 @@
-"""Triton kernels, installed as ``robust_node_fast.kernels``. None yet: GPU tensors run the reference, and say so."""
+"""Triton kernels, installed as ``robust_node_fast.kernels``. Importing this package imports no Triton yet."""

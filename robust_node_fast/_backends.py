@@ -1,4 +1,4 @@
-"""Finds the compiled library once and decides, per op, device, dtype and kernel size, which implementation runs.
+"""Finds the compiled libraries once and decides, per op, device, dtype and size, which implementation runs.
 
 Nothing above this file asks what device a tensor is on. Adding a back end is adding a ``Backend``.
 """
@@ -6,6 +6,7 @@ Nothing above this file asks what device a tensor is on. Adding a back end is ad
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import platform
 import warnings
@@ -32,6 +33,7 @@ class Call(NamedTuple):  # looked up at every call
     device: str
     dtype: torch.dtype
     kernel_size: int | None  # None for element-wise ops
+    sizes: tuple[int, ...] = ()  # number of the device, then the tensor's but its first; where a back end asks for it
 
 
 @dataclass
@@ -41,18 +43,42 @@ class Backend:
     unavailable: str | None  # why it cannot be used at all, or None
     implementations: dict[str, Callable[..., Any]] = field(default_factory=dict)
     build_info: dict[str, Any] = field(default_factory=dict)
+    dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    module: str | None = None  # holds the implementations and is imported when first asked for one
+    limit: Callable[[str, tuple[int, ...], int], str | None] | None = None  # why not this op, with sizes, kernel size
 
     def refuses(self, call: Call) -> str | None:
         """Why this back end does not take the call, or ``None`` if it does."""
         if call.device not in self.devices:
             return f"serves {' and '.join(self.devices)} tensors, not {call.device}"
+        self.load()
         if self.unavailable is not None:
             return self.unavailable
+        if call.dtype not in self.dtypes:
+            return f"has no kernels for {str(call.dtype).removeprefix('torch.')}"
         if call.op not in self.implementations:
             return f"has no kernel for {call.op}"
         if call.kernel_size is not None and call.kernel_size not in (1, 3, 5):
             return f"has kernels for k in {{1, 3, 5}}, not {call.kernel_size}"
+        if self.limit is not None and call.kernel_size is not None:
+            return self.limit(call.op, call.sizes, call.kernel_size)
         return None
+
+    def load(self) -> None:
+        """Import what is imported late: Triton takes a second, which most processes never need to spend."""
+        if self.module is None or self.unavailable is not None:
+            return
+        try:
+            self.implementations = importlib.import_module(self.module).IMPLEMENTATIONS
+        except Exception as error:  # whatever is wrong with it, other implementations work
+            self.unavailable = f"cannot be imported ({type(error).__name__}: {error})"
+        self.module = None
+
+    def useless(self) -> str | None:
+        """Why this back end serves nothing on this machine, or ``None`` if it does."""
+        if self.unavailable is None and "cpu" not in self.devices and not torch.cuda.is_available():
+            return "no CUDA or ROCm device was found"
+        return self.unavailable
 
 
 def _load_cpu() -> Backend:
@@ -66,11 +92,25 @@ def _load_cpu() -> Backend:
     return Backend("cpu", ("cpu",), None, _cpu.IMPLEMENTATIONS, native.build_info())
 
 
+def _find_cuda() -> Backend:
+    from robust_node_fast import _cuda
+
+    return Backend("cuda", ("cuda",), _cuda.missing(), _cuda.IMPLEMENTATIONS, dtypes=_cuda.DTYPES, limit=_cuda.refuses)
+
+
+def _find_triton() -> Backend:
+    dtypes = (torch.float16, torch.bfloat16, torch.float32)
+    if importlib.util.find_spec("triton") is None:
+        return Backend("triton", ("cuda",), "Triton is not installed: pip install triton", dtypes=dtypes)
+    return Backend("triton", ("cuda",), None, dtypes=dtypes, module="robust_node_fast._triton")
+
+
 _BACKENDS: dict[str, Backend] = {
     "cpu": _load_cpu(),
-    "cuda": Backend("cuda", ("cuda",), "this release has no CUDA C++ kernels"),
-    "triton": Backend("triton", ("cuda",), "this release has no Triton kernels"),
+    "cuda": _find_cuda(),
+    "triton": _find_triton(),
 }
+_SIZES_COUNT = {device for b in _BACKENDS.values() if b.limit and b.unavailable is None for device in b.devices}
 _REFERENCE: dict[str, Callable[..., Any]] = {}  # filled by _ops.py, which owns the contract
 _chosen = "auto"
 _resolved: dict[Call, Callable[..., Any]] = {}
@@ -84,7 +124,7 @@ def register_reference(op: str, implementation: Callable[..., Any]) -> None:
 
 def implementation(op: str, tensor: Tensor, kernel_size: int | None) -> Callable[..., Any]:
     """The callable that runs ``op`` for tensors like this one."""
-    call = Call(op, tensor.device.type, tensor.dtype, kernel_size)
+    call = Call(op, tensor.device.type, tensor.dtype, kernel_size, _sizes(tensor))
     try:
         return _resolved[call]
     except KeyError:
@@ -97,6 +137,21 @@ def implementation(op: str, tensor: Tensor, kernel_size: int | None) -> Callable
             function = _loud_reference(call, why_not)
         _resolved[call] = function
         return function
+
+
+def is_traceable(op: str, tensor: Tensor, kernel_size: int | torch.SymInt | None) -> bool:
+    """Whether the op's implementation consists of what torch.compile can record: PyTorch ops and Triton kernels."""
+    if tensor.device.type not in _BACKENDS["triton"].devices:  # and a symbolic size stays so
+        return False
+    size = None if kernel_size is None else int(kernel_size)
+    return _resolve(Call(op, tensor.device.type, tensor.dtype, size, _sizes(tensor)))[0] == "triton"
+
+
+def _sizes(tensor: Tensor) -> tuple[int, ...]:
+    """Part of a call only where a back end serves the device for which they count."""
+    if tensor.device.type not in _SIZES_COUNT or not torch.cuda.is_available():
+        return ()
+    return tensor.device.index or 0, *(int(size) for size in tensor.shape[1:])
 
 
 def _resolve(call: Call) -> tuple[str, dict[str, str]]:
@@ -154,14 +209,14 @@ def set_backend(name: str) -> None:
     global _chosen  # noqa: PLW0603  (one process, one choice)
     if name not in CHOICES:
         raise ValueError(f"backend={name!r} is unknown, expected one of {', '.join(map(repr, CHOICES))}")
-    if name in _BACKENDS and _BACKENDS[name].unavailable is not None:
-        raise RuntimeError(f"backend {name!r} cannot be used: {_BACKENDS[name].unavailable}")
+    if name in _BACKENDS and (reason := _BACKENDS[name].useless()) is not None:
+        raise RuntimeError(f"backend {name!r} cannot be used: {reason}")
     _chosen = name
     _resolved.clear()
 
 
 def backend_info() -> dict[str, Any]:
-    """Which implementation each op would use on each device (float32, k = 3), and why not the others."""
+    """Which implementation each op would use on each device (float32, k = 3, small states), and why not the others."""
     ops: dict[str, dict[str, Any]] = {}
     for op in _REFERENCE:
         ops[op] = {}
@@ -175,7 +230,7 @@ def backend_info() -> dict[str, Any]:
         "backend": _chosen,
         "strict": os.environ.get("RNF_STRICT") == "1",
         "backends": {
-            name: {"available": backend.unavailable is None, "reason": backend.unavailable, **backend.build_info}
+            name: {"available": backend.useless() is None, "reason": backend.useless(), **backend.build_info}
             for name, backend in _BACKENDS.items()
         },
         "ops": ops,

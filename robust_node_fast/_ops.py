@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 
 from robust_node_fast import _backends, _layout, reference
 
@@ -207,16 +209,46 @@ _FAKES: dict[str, Callable[..., Any]] = {
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def _deciding(name: str) -> tuple[int, int | None]:
+    """Which arguments decide on the implementation: one for device and dtype, one for the kernel size."""
+    data = 1 if name.endswith("_backward") else 0
+    return data, None if name.startswith("smooth") else data if name.startswith("contraction") else data + 1
+
+
 def _kernel(name: str) -> Callable[..., Any]:
     """The op's one kernel: hands over to the implementation chosen for the tensors at hand."""
-    data = 1 if name.endswith("_backward") else 0  # the argument whose device and dtype decide
-    weight = None if name.startswith("smooth") else data if name.startswith("contraction") else data + 1
+    data, weight = _deciding(name)
 
     def kernel(*args: Any) -> Any:
         kernel_size = None if weight is None else args[weight].shape[-1]
         return _backends.implementation(name, args[data], kernel_size)(*args)
 
     return kernel
+
+
+def _seen_through(name: str) -> Callable[..., Any]:
+    """Where Triton serves the call, torch.compile records its launches in place of the op.
+
+    This is what ``torch.library.triton_op`` registers for an op that has no other implementation: Inductor then tunes
+    the kernels for the shapes it knows and plans their memory. torch.export keeps the op, which any machine can run.
+    """
+    data, weight = _deciding(name)
+    plain = (Tensor, torch.nn.Parameter, FunctionalTensor, FakeTensor)
+
+    def rule(mode: Any, op: Any, types: Sequence[type], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        kernel_size = None if weight is None else args[weight].shape[-1]
+        if (
+            kwargs
+            or torch.compiler.is_exporting()
+            or not all(issubclass(t, plain) for t in types)
+            or not _backends.is_traceable(name, args[data], kernel_size)
+        ):
+            return mode.__torch_dispatch__(op, types, args, kwargs)
+        size = None if kernel_size is None else int(kernel_size)  # a kernel is compiled for it
+        with mode:
+            return _backends.implementation(name, args[data], size)(*args)
+
+    return rule
 
 
 def _reference_implementation(name: str) -> Callable[..., Any]:
@@ -228,6 +260,7 @@ for _name, _schema in _SCHEMAS.items():
     torch.library.define(_qualified, _schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl(_qualified, "CompositeExplicitAutograd")(_kernel(_name))
     torch.library.register_fake(_qualified)(_FAKES[_name])
+    torch.library.register_torch_dispatch(_qualified, FunctionalTensorMode, _seen_through(_name))
     _backends.register_reference(_name, _reference_implementation(_name))
 
 _OPS = torch.ops.robust_node_fast

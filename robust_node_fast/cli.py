@@ -325,14 +325,28 @@ def bench(
         Literal["forward", "input gradient", "forward+backward", "memory"] | None,
         typer.Option(help="Only this mode.", show_default="each row's own"),
     ] = None,
-    output: Annotated[Path, typer.Option(help="Folder for flow.csv.")] = Path("runs/bench"),
+    device: Annotated[
+        Literal["cpu", "cuda"],
+        typer.Option(help="cuda: the networks of the papers (bench/gpu.py), no other option but --output."),
+    ] = "cpu",
+    output: Annotated[Path, typer.Option(help="Folder for flow.csv, or gpu_<card>.csv.")] = Path("runs/bench"),
     plots: Annotated[Path | None, typer.Option(help="Folder for the plots.", show_default="that of --output")] = None,
     threads: Annotated[int, typer.Option(min=1, help="torch.set_num_threads, where a row does not fix it.")] = 2,
     budget_minutes: Annotated[float, typer.Option(min=0.0, help="What no time is left for is skipped.")] = 19.0,
 ) -> None:
     """Time this package against PyTorch and inference engines: every kernel is verified first; CSV, plots, a table."""
-    from robust_node_fast.bench import plot, providers, registry, report, rows, run, verify
+    import torch
 
+    from robust_node_fast.bench import gpu, plot, providers, registry, report, rows, run, verify
+
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            _fail("nothing to measure: PyTorch sees no CUDA device on this machine", 1)
+        try:
+            _say(f"wrote {gpu.suite(torch.device('cuda'), output)}")
+        except verify.WrongResult as wrong:
+            _fail(f"nothing is reported: {wrong}", 1)
+        return
     missing = providers.PROVIDERS[registry.OURS].missing()
     if missing is not None:
         _fail(f"nothing to measure: this package {missing}", 1)

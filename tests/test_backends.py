@@ -79,8 +79,9 @@ def test_the_reference_on_request_is_silent(monkeypatch: pytest.MonkeyPatch) -> 
 def test_unknown_and_unusable_backends_are_refused() -> None:
     with pytest.raises(ValueError, match=r"backend='gpu' is unknown.*'auto'"):
         rnf.set_backend("gpu")
-    with pytest.raises(RuntimeError, match="triton"):
-        rnf.set_backend("triton")
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match=r"triton.*(no CUDA or ROCm device|not installed|cannot be imported)"):
+            rnf.set_backend("triton")
     assert rnf.backend_info()["backend"] == "auto"
 
 
@@ -88,9 +89,12 @@ def test_info_names_every_op_and_why_others_were_passed_over() -> None:
     info = rnf.backend_info()
     json.dumps(info)
     assert {"euler_conv_flow", "euler_conv_flow_backward", "euler_conv_step", "contraction_penalty"} <= set(info["ops"])
+    for name, backend in info["backends"].items():
+        assert backend["available"] == (backend["reason"] is None), name
     cuda = info["ops"]["euler_conv_flow"]["cuda"]
-    assert cuda["implementation"] == "reference"
-    assert set(cuda["why_not"]) == {"cpu", "cuda", "triton"}
+    assert cuda["implementation"] in {"cuda", "triton", "reference"}
+    assert cuda["implementation"] not in cuda["why_not"]
+    assert cuda["why_not"]["cpu"] == "serves cpu tensors, not cuda"
 
 
 def test_environment_sets_the_backend() -> None:

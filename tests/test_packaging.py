@@ -70,7 +70,7 @@ def install(folder: Path, **environment: str) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel_site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return install(tmp_path_factory.mktemp("wheel"), RNF_BUILD="1")
+    return install(tmp_path_factory.mktemp("wheel"), RNF_BUILD="1", RNF_CUDA="0")  # nvcc takes a minute
 
 
 @pytest.fixture(scope="module")

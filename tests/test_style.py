@@ -32,6 +32,6 @@ def test_clang_format() -> None:
         str(path)
         for folder in (ROOT / "csrc", ROOT / "tests" / "native")
         for path in sorted(folder.rglob("*"))
-        if path.suffix in (".cpp", ".h", ".inc")
+        if path.suffix in (".cpp", ".cu", ".cuh", ".h", ".inc")
     ]
     run(str(BIN / "clang-format"), "--dry-run", "--Werror", *sources)
