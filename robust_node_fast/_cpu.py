@@ -18,6 +18,7 @@ from robust_node_fast import _checks, _layout
 _native = torch.ops.robust_node_fast_cpu
 _flow_forward = _native.flow_forward.default
 _flow_backward = _native.flow_backward.default
+_flow_bound = _native.flow_bound.default
 _activation = _native.activation.default
 _contraction_penalty = _native.contraction_penalty.default
 _contraction_penalty_backward = _native.contraction_penalty_backward.default
@@ -181,6 +182,30 @@ def euler_conv_flow_backward(
     return or_unwanted(grad_input), or_unwanted(grad_weight), or_unwanted(grad_bias)
 
 
+def euler_conv_flow_bound(
+    input: Tensor,
+    radius: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    step_size: float,
+    negative_slope: float,
+    n_steps: int,
+) -> tuple[Tensor, Tensor]:
+    centre, bound = _layout.empty_state(input), _layout.empty_state(input)
+    _flow_bound(
+        input,
+        radius,
+        weight.contiguous(),
+        None if bias is None else bias.contiguous(),
+        step_size,
+        negative_slope,
+        n_steps,
+        centre,
+        bound,
+    )
+    return centre, bound
+
+
 def euler_conv_step(
     input: Tensor,
     weight: Tensor,
@@ -247,4 +272,4 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
         contraction_penalty,
         contraction_penalty_backward,
     )
-}
+} | {"euler_conv_flow_bound": euler_conv_flow_bound}  # in float16 its results would have to be rounded outward

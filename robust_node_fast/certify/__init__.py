@@ -7,11 +7,10 @@ the same number of steps.
 
 from __future__ import annotations
 
-from robust_node_fast.certify.interval import flow_radius, linf_certified, linf_radius, worst_case_logits
+from robust_node_fast.certify.interval import linf_certified, linf_radius, worst_case_logits
 from robust_node_fast.certify.lipschitz import l2_radius, layer_bounds, lipschitz_radius
 
 __all__ = [
-    "flow_radius",
     "l2_radius",
     "layer_bounds",
     "linf_certified",

@@ -11,6 +11,7 @@ Radius in norm p with the head's rows ``w`` and q dual to p:
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -49,21 +50,25 @@ def _bound(layer: nn.Module) -> list[LayerBound]:
             for k, (row, column) in enumerate(zip(rows * count, columns * count, strict=True))
         ]
     if isinstance(layer, nn.Conv2d | nn.Linear):
-        if isinstance(layer, nn.Conv2d) and (layer.padding_mode != "zeros" or layer.groups != 1):
-            raise ValueError("a convolution does not pad with zeros or has groups: no bound is known")
+        if isinstance(layer, nn.Conv2d) and layer.groups != 1:
+            raise ValueError("a convolution has groups: no bound is known")
         sums = layer.weight.abs().flatten(2).sum(2) if layer.weight.dim() == 4 else layer.weight.abs()
-        return [LayerBound(name, sums.sum(1).max().item(), sums.sum(0).max().item())]
+        # Reflecting and replicating, a pixel counts in an output more than once: no column sum bounds that.
+        each_once = not isinstance(layer, nn.Conv2d) or layer.padding_mode in ("zeros", "circular")
+        return [LayerBound(name, sums.sum(1).max().item(), sums.sum(0).max().item() if each_once else math.inf)]
     if isinstance(layer, SmoothLeakyReLU):
-        steepest = max(1.0, layer.negative_slope)
+        steepest = max(1.0, abs(layer.negative_slope))
         return [LayerBound(name, steepest, steepest)]
     if isinstance(layer, nn.BatchNorm2d):
-        assert layer.running_var is not None
+        if layer.running_var is None:
+            raise ValueError("a BatchNorm2d uses the statistics of its batch, expected running ones")
         scale = (layer.running_var + layer.eps).rsqrt()
         steepest = (scale if layer.weight is None else scale * layer.weight.abs()).max().item()
         return [LayerBound(name, steepest, steepest)]
     if isinstance(layer, nn.AvgPool2d):
-        if layer.kernel_size != layer.stride or layer.padding != 0 or not isinstance(layer.kernel_size, int):
-            raise ValueError("a pooling overlaps or pads: no bound is known")
+        plain = layer.kernel_size == layer.stride and layer.padding == 0 and isinstance(layer.kernel_size, int)
+        if not plain or layer.ceil_mode or layer.divisor_override is not None:
+            raise ValueError(f"{layer} overlaps, pads or has its own divisor: no bound is known")
         return [LayerBound(name, 1.0, layer.kernel_size**-2)]
     if isinstance(layer, nn.ReLU | nn.Flatten | nn.Identity | nn.Dropout | PadChannels):
         return []  # 1 in every norm
@@ -104,7 +109,7 @@ def lipschitz_radius(model: nn.Module, x: Tensor, y: Tensor, *, p: str, batch_si
     distances = torch.linalg.vector_norm(head.weight[:, None] - head.weight[None], dual, dim=2)
     found = []
     for part, labels in zip(x.split(batch_size), y.split(batch_size), strict=True):
-        logits = model(part)
+        logits = model(part.double())
         slack = _network.ROUNDING * (1.0 + logits.abs().amax(1, keepdim=True))
         left = (_network.margins(logits, labels) - slack).clamp_min(0.0)
         distance = distances[labels].scatter(1, labels[:, None], 1.0)
