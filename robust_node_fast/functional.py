@@ -154,7 +154,7 @@ def euler_conv_flow_bound(
     negative_slope: float = 0.1,
     n_steps: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``z = euler_conv_flow(input, ...)`` and ``r``: ``|euler_conv_flow(x, ...) - z| <= r`` if ``|x - input| <= radius``.
+    """``z = euler_conv_flow(input)`` and ``r``: ``|euler_conv_flow(x) - z| <= r`` wherever ``|x - input| <= radius``.
 
     Both for the flow in exact arithmetic: ``r`` covers the rounding of ``z`` as well. In float64 that holds for the
     compiled kernel; the PyTorch reference leaves out its own rounding, of 1e-13 or so relative to ``z`` and ``r``.
@@ -164,8 +164,8 @@ def euler_conv_flow_bound(
 
     Proof of a step: ``u' - u = W (x - z)``, at most ``change``; by the mean value theorem ``s(u') - s(u) = t (u' - u)``
     with ``t`` among the slopes of s between ``u -+ change``, and these lie between the slopes at the two ends, as s' is
-    monotone. So ``x - z`` becomes ``(1 + h t m) (x - z)`` plus ``h t`` times the other taps' part of ``u' - u``, at most
-    ``change - |m| r``; the sum of the two magnitudes is convex in ``t``, so largest at an end.
+    monotone. So ``x - z`` becomes ``(1 + h t m) (x - z)`` plus ``h t`` times the other taps' part of ``u' - u``, which
+    is at most ``change - |m| r``; the sum of the two magnitudes is convex in ``t``, so largest at an end.
 
     Args:
         input: ``(B, C, H, W)`` float32 or float64, any layout.
