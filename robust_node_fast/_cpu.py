@@ -19,6 +19,7 @@ _native = torch.ops.robust_node_fast_cpu
 _flow_forward = _native.flow_forward.default
 _flow_backward = _native.flow_backward.default
 _flow_bound = _native.flow_bound.default
+_convolution_bound = _native.convolution_bound.default
 _activation = _native.activation.default
 _contraction_penalty = _native.contraction_penalty.default
 _contraction_penalty_backward = _native.contraction_penalty_backward.default
@@ -206,6 +207,16 @@ def euler_conv_flow_bound(
     return centre, bound
 
 
+def activated_conv_bound(
+    input: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | None, negative_slope: float
+) -> tuple[Tensor, Tensor]:
+    shape = (input.shape[0], weight.shape[0], *input.shape[2:])
+    centre, bound = input.new_empty(shape), input.new_empty(shape)
+    contiguous = None if bias is None else bias.contiguous()
+    _convolution_bound(input, radius, weight.contiguous(), contiguous, negative_slope, centre, bound)
+    return centre, bound
+
+
 def euler_conv_step(
     input: Tensor,
     weight: Tensor,
@@ -259,7 +270,11 @@ def contraction_penalty_backward(grad_output: Tensor, weight: Tensor, coefficien
     return grad_weight
 
 
+# Bounds are not widened: in float16 their results would have to be rounded outward.
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
+    "euler_conv_flow_bound": euler_conv_flow_bound,
+    "activated_conv_bound": activated_conv_bound,
+} | {
     function.__name__: _widened(function)
     for function in (
         smooth_leaky_relu,
@@ -272,4 +287,4 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
         contraction_penalty,
         contraction_penalty_backward,
     )
-} | {"euler_conv_flow_bound": euler_conv_flow_bound}  # in float16 its results would have to be rounded outward
+}

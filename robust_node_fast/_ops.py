@@ -50,6 +50,9 @@ _SCHEMAS = {
         "(Tensor input, Tensor radius, Tensor weight, Tensor? bias, float step_size, float negative_slope, "
         "SymInt n_steps) -> (Tensor, Tensor)"
     ),
+    "activated_conv_bound": (
+        "(Tensor input, Tensor radius, Tensor weight, Tensor? bias, float negative_slope) -> (Tensor, Tensor)"
+    ),
     "contraction_penalty": (
         "(Tensor weight, float rate, float slope_low, float slope_high, str norm, str reduction) -> (Tensor, Tensor)"
     ),
@@ -121,13 +124,18 @@ _DIFFERENTIABLE: dict[str, Callable[..., Any]] = {
     "euler_conv_flow_saving": reference.euler_conv_flow_saving,
     "euler_conv_flow_backward": _reference_flow_backward,
     "euler_conv_flow_bound": reference.bound_e,
+    "activated_conv_bound": reference.bound_of_activated_conv,
     "contraction_penalty": _reference_penalty,
     "contraction_penalty_backward": reference.contraction_penalty_backward,
 }
 
 
 # What runs is what is differentiated, but for a bound: it has to hold whatever was rounded.
-_IMPLEMENTATIONS = {**_DIFFERENTIABLE, "euler_conv_flow_bound": reference.euler_conv_flow_bound}
+_IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
+    **_DIFFERENTIABLE,
+    "euler_conv_flow_bound": reference.euler_conv_flow_bound,
+    "activated_conv_bound": reference.activated_conv_bound,
+}
 
 
 def _in_fake_layout(name: str, *args: Any) -> Any:
@@ -193,6 +201,11 @@ def _fake_flow_bound(input: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return _layout.empty_state(input), _layout.empty_state(input)
 
 
+def _fake_conv_bound(input: Tensor, radius: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    shape = (input.shape[0], weight.shape[0], *input.shape[2:])
+    return input.new_empty(shape), input.new_empty(shape)
+
+
 def _fake_penalty(
     weight: Tensor, rate: float, slope_low: float, slope_high: float, norm: str, reduction: str
 ) -> tuple[Tensor, Tensor]:
@@ -214,6 +227,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "euler_conv_flow_saving": _fake_flow_saving,
     "euler_conv_flow_backward": _fake_flow_backward,
     "euler_conv_flow_bound": _fake_flow_bound,
+    "activated_conv_bound": _fake_conv_bound,
     "contraction_penalty": _fake_penalty,
     "contraction_penalty_backward": _fake_penalty_backward,
 }
@@ -227,7 +241,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
 def _deciding(name: str) -> tuple[int, int | None]:
     """Which arguments decide on the implementation: one for device and dtype, one for the kernel size."""
     data = 1 if name.endswith("_backward") else 0
-    if name == "euler_conv_flow_bound":
+    if name.endswith("_bound"):
         return data, 2
     return data, None if name.startswith("smooth") else data if name.startswith("contraction") else data + 1
 
@@ -286,6 +300,7 @@ euler_conv_step = _OPS.euler_conv_step.default
 euler_conv_flow = _OPS.euler_conv_flow.default
 euler_conv_flow_saving = _OPS.euler_conv_flow_saving.default
 euler_conv_flow_bound = _OPS.euler_conv_flow_bound.default
+activated_conv_bound = _OPS.activated_conv_bound.default
 _contraction_penalty = _OPS.contraction_penalty.default
 
 
@@ -452,6 +467,7 @@ _register_autograd("euler_conv_flow_saving", _saving_flow_gradient, _save_flow)
 _register_autograd("contraction_penalty", _penalty_gradient, _save_penalty)
 for _name, _tensors in (
     ("euler_conv_flow_bound", 4),
+    ("activated_conv_bound", 4),
     ("smooth_leaky_relu_backward", 2),
     ("euler_conv_step_backward", 4),
     ("euler_conv_flow_backward", 4),

@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 from robust_node_fast import _checks, _ops, reference
 
 __all__ = [
+    "activated_conv_bound",
     "contraction_penalty",
     "contraction_rate",
     "euler_conv_flow",
@@ -144,6 +145,59 @@ def euler_conv_flow(
     )
 
 
+def _check_radius(input: Tensor, radius: Tensor) -> None:
+    _checks.tensor("radius", radius)
+    if input.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"input has dtype {input.dtype}, expected float32 or float64")
+    if radius.shape != input.shape:
+        raise ValueError(f"radius has shape {tuple(radius.shape)}, expected {tuple(input.shape)} as input")
+    _checks.same_kind("radius", radius, input)
+    if not torch.compiler.is_compiling() and radius.numel() and bool(radius.amin() < 0):
+        raise ValueError("radius has negative numbers, expected a radius >= 0")
+
+
+def activated_conv_bound(
+    input: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | None = None, *, negative_slope: float = 0.1
+) -> tuple[Tensor, Tensor]:
+    """``f = smooth_leaky_relu(conv2d(input, weight, bias, padding="same"))``, and by how much it changes at most.
+
+    As ``euler_conv_flow_bound`` for a network's first layer: ``|f(x) - z| <= r`` wherever ``|x - input| <= radius``, in
+    exact arithmetic. ``u = W x + b`` changes by at most ``change = |W| radius``, and with a slope in [0, 1] the
+    activation, convex and growing, by at most ``s(u + change) - s(u)``; with others by the largest slope times that.
+
+    Args:
+        input, radius: ``(B, C, H, W)`` float32 or float64, any layout; ``radius`` not negative.
+        weight: ``(D, C, k, k)``, ``k`` odd.
+        bias: ``(D,)`` or ``None``.
+        negative_slope: of the activation.
+
+    Returns:
+        ``z`` and ``r``, both ``(B, D, H, W)``, contiguous. Differentiable, by way of the reference.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and what was expected.
+
+    Source: interval bounds, arXiv 1810.12715.
+    """
+    _checks.tensor("input", input)
+    _checks.tensor("weight", weight)
+    _checks.number("negative_slope", negative_slope)
+    if input.dim() != 4:
+        raise ValueError(f"input has shape {tuple(input.shape)}, expected (B, C, H, W)")
+    shape = tuple(weight.shape)
+    if weight.dim() != 4 or shape[1] != input.shape[1] or shape[2] != shape[3] or shape[2] % 2 == 0:
+        raise ValueError(f"weight has shape {shape}, expected (D, {input.shape[1]}, k, k) with one odd kernel size k")
+    _checks.same_kind("weight", weight, input)
+    if bias is not None:
+        _checks.tensor("bias", bias)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias has shape {tuple(bias.shape)}, expected {shape[:1]} for weight {shape}")
+        _checks.same_kind("bias", bias, input)
+    _check_radius(input, radius)
+    bound = reference.activated_conv_bound if _transformed() else _ops.activated_conv_bound
+    return bound(input, radius, weight, bias, negative_slope)
+
+
 def euler_conv_flow_bound(
     input: Tensor,
     radius: Tensor,
@@ -182,14 +236,7 @@ def euler_conv_flow_bound(
     """
     _checks.flow(input, weight, bias, (4, 5), step_size, negative_slope)
     _checks.steps(weight, n_steps)
-    _checks.tensor("radius", radius)
-    if input.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"input has dtype {input.dtype}, expected float32 or float64")
-    if radius.shape != input.shape:
-        raise ValueError(f"radius has shape {tuple(radius.shape)}, expected {tuple(input.shape)} as input")
-    _checks.same_kind("radius", radius, input)
-    if not torch.compiler.is_compiling() and radius.numel() and bool(radius.amin() < 0):
-        raise ValueError("radius has negative numbers, expected a radius >= 0")
+    _check_radius(input, radius)
     steps = weight.shape[0] if n_steps is None else n_steps
     bound = reference.euler_conv_flow_bound if _transformed() else _ops.euler_conv_flow_bound
     return bound(input, radius, weight, bias, step_size, negative_slope, steps)

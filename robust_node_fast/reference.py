@@ -165,10 +165,10 @@ def bound_e(
 
 
 def round_outward(centre: Tensor, radius: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A float64 centre and radius in ``dtype``, the radius enlarged by what that loses."""
+    """A centre and a radius in ``dtype``, the radius enlarged by what that loses."""
     rounded = centre.to(dtype)
-    if dtype == torch.float64:
-        return rounded, radius
+    if dtype in (torch.float64, centre.dtype):
+        return rounded, radius.to(dtype)
     lost = (centre - rounded).abs_().add_(torch.finfo(dtype).tiny)
     return rounded, lost.add_(radius).mul_(1.0 + torch.finfo(dtype).eps).to(dtype)
 
@@ -185,6 +185,27 @@ def euler_conv_flow_bound(
     """``bound_e`` in float64, rounded outward to the input's dtype."""
     tensors = (input.double(), radius.double(), weight.double(), None if bias is None else bias.double())
     return round_outward(*bound_e(*tensors, step_size, negative_slope, n_steps), input.dtype)
+
+
+def bound_of_activated_conv(
+    input: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | None, negative_slope: float
+) -> tuple[Tensor, Tensor]:
+    """``smooth_leaky_relu(conv2d(input))`` and how far it is from there within ``radius``; rounding not covered."""
+    padding = int(weight.shape[-1]) // 2
+    u = F.conv2d(input, weight, bias, padding=padding)
+    change = F.conv2d(radius, weight.abs(), padding=padding)
+    centre = smooth_leaky_relu(u, negative_slope)
+    if 0.0 <= negative_slope <= 1.0:  # convex and growing: it changes most upwards
+        return centre, smooth_leaky_relu(u + change, negative_slope) - centre
+    return centre, max(1.0, abs(negative_slope)) * change
+
+
+def activated_conv_bound(
+    input: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | None, negative_slope: float
+) -> tuple[Tensor, Tensor]:
+    """``bound_of_activated_conv`` in float64, rounded outward to the input's dtype."""
+    tensors = (input.double(), radius.double(), weight.double(), None if bias is None else bias.double())
+    return round_outward(*bound_of_activated_conv(*tensors, negative_slope), input.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

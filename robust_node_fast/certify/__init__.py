@@ -1,8 +1,8 @@
 """Certificates: perturbations that provably do not change a network's prediction. No attack can break one.
 
 ``linf_certified`` and ``linf_radius`` follow each sample's own bound through the network (``interval``), ``l2_radius``
-multiplies Lipschitz constants (``lipschitz``), ``worst_case_logits`` train for a certificate. All work on the discrete network as it is deployed: the same step size,
-the same number of steps.
+multiplies Lipschitz constants (``lipschitz``), ``worst_case_logits`` train for a certificate. All work on the discrete
+network as it is deployed: the same step size, the same number of steps.
 """
 
 from __future__ import annotations

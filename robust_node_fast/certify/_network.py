@@ -39,8 +39,9 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
 def _flattened(module: nn.Module) -> list[nn.Module]:
     if isinstance(module, nn.Sequential):
         return [layer for child in module for layer in _flattened(child)]
-    if hasattr(module, "layers"):
-        return [layer for child in module.layers() for layer in _flattened(child)]
+    layers = getattr(module, "layers", None)
+    if callable(layers):
+        return [layer for child in layers() for layer in _flattened(child)]
     return [module]
 
 

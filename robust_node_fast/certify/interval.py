@@ -14,8 +14,9 @@ The centre is the network's own trajectory ``z``, the radius ``R >= 0`` bounds `
 - The head: ``f_y - f_j`` changes by ``(w_y - w_j) (z' - z)``, at most ``|w_y - w_j| R``, which knows that all logits
   see the same perturbation. Certified if the centre's margin is larger for all ``j != y``.
 
-Soundness of the arithmetic: a flow whose weights are float32 numbers runs in float32, on a kernel that rounds outward
-and covers all of its own errors; so do the conversions before it. Everything else is in float64: bounds are sums of
+Soundness of the arithmetic: where the weights are float32 numbers, flows and a convolution with the activation behind
+it run in float32, on kernels that round outward and cover all of their own errors (csrc/cpu/interval.inc); so do the
+conversions before them. Everything else is in float64: bounds are sums of
 non-negative numbers, whose relative error is at most the number of terms times 2^-53, layer by layer: below 1e-10 for
 sums of 10^4 terms in 100 layers. The final comparison asks for more margin than the bound, by 1e-9 of the logits and of
 the bound. So a certificate is about the network in exact arithmetic with the weights as they are.
@@ -50,10 +51,25 @@ class Box(NamedTuple):
     radius: Tensor
 
 
+class ActivatedConv(nn.Module):
+    """A convolution with zero "same" padding and the activation behind it, as one layer."""
+
+    def __init__(self, conv: nn.Conv2d, activation: SmoothLeakyReLU) -> None:
+        super().__init__()
+        self.weight, self.bias, self.negative_slope = conv.weight, conv.bias, activation.negative_slope
+
+    @staticmethod
+    def takes(conv: nn.Module, activation: nn.Module) -> bool:
+        if not isinstance(conv, nn.Conv2d) or not isinstance(activation, SmoothLeakyReLU):
+            return False
+        k = conv.kernel_size[0]
+        plain = (conv.stride, conv.dilation, conv.groups, conv.padding_mode) == ((1, 1), (1, 1), 1, "zeros")
+        return plain and conv.kernel_size == (k, k) and k % 2 == 1 and conv.padding in ("same", (k // 2, k // 2))
+
+
 def _flow(layer: EulerConvFlow, box: Box) -> Box:
-    dtype = layer.weight.dtype
-    z, radius = reference.round_outward(*box, dtype) if box.centre.dtype != dtype else box
-    z, radius = functional.euler_conv_flow_bound(
+    z, radius = box
+    bound = functional.euler_conv_flow_bound(
         z,
         radius.expand_as(z),
         layer.weight,
@@ -62,15 +78,22 @@ def _flow(layer: EulerConvFlow, box: Box) -> Box:
         negative_slope=layer.negative_slope,
         n_steps=layer.n_steps if layer.shared_weights else None,
     )
-    return Box(z.to(box.centre.dtype), radius.to(box.centre.dtype))
+    return Box(*bound)
+
+
+def _activated_conv(layer: ActivatedConv, box: Box) -> Box:
+    z, radius = box
+    radius = radius.expand_as(z)
+    bound = functional.activated_conv_bound(z, radius, layer.weight, layer.bias, negative_slope=layer.negative_slope)
+    return Box(*bound)
 
 
 def _convolution(layer: nn.Conv2d, box: Box) -> Box:
     z, radius = box
-    padding = layer.padding
+    padding: str | tuple[int, ...] = layer.padding
     if layer.padding_mode != "zeros":
         radius = F.pad(radius, layer._reversed_padding_repeated_twice, layer.padding_mode)
-        padding = 0
+        padding = (0, 0)
     spread = F.conv2d(radius, layer.weight.abs(), None, layer.stride, padding, layer.dilation, layer.groups)
     return Box(layer(z), spread)
 
@@ -97,6 +120,8 @@ def _through(layer: nn.Module, box: Box) -> Box:
     z, radius = box
     if isinstance(layer, EulerConvFlow):
         return _flow(layer, box)
+    if isinstance(layer, ActivatedConv):
+        return _activated_conv(layer, box)
     if isinstance(layer, nn.Conv2d):
         return _convolution(layer, box)
     if isinstance(layer, nn.Linear):
@@ -115,6 +140,10 @@ def _through(layer: nn.Module, box: Box) -> Box:
     raise TypeError(f"no bound is known for the layer {type(layer).__name__}")
 
 
+_MOVING = (nn.Flatten, nn.Identity, PadChannels)  # numbers, and computing nothing
+_ROUNDING_OUTWARD = (EulerConvFlow, ActivatedConv)
+
+
 def _margins(layers: list[nn.Module], x: Tensor, y: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The centre's margins, ``(B, K)`` and ``inf`` at the label; the most they can change; the centre's logits.
 
@@ -124,12 +153,15 @@ def _margins(layers: list[nn.Module], x: Tensor, y: Tensor, eps: Tensor) -> tupl
     assert isinstance(head, nn.Linear)
     box = Box(x, eps.view(-1, *(1,) * (x.dim() - 1)).expand(-1, *x.shape[1:]))
     for layer in body:
+        if not isinstance(layer, _MOVING):
+            dtype = layer.weight.dtype if isinstance(layer, _ROUNDING_OUTWARD) else x.dtype
+            box = Box(*reference.round_outward(*box, dtype))
         box = _through(layer, box)
-    logits = head(box.centre)
+    logits = head(box.centre.to(x.dtype))
     radius, change = box.radius.expand_as(box.centre), torch.zeros_like(logits)
-    for label in y.unique().tolist():
+    for label in torch.unique(y).tolist():
         of_label = y == label
-        change[of_label] = F.linear(radius[of_label], (head.weight[label] - head.weight).abs())
+        change[of_label] = F.linear(radius[of_label].to(x.dtype), (head.weight[label] - head.weight).abs())
     return _network.margins(logits, y), change, logits
 
 
@@ -157,16 +189,28 @@ def _check_eps(eps: float) -> None:
 
 
 def _deployed(model: nn.Module, x: Tensor) -> list[nn.Module]:
-    """The layers in float64, flows in float32 where that holds their weights; compared with the model on ``x``."""
+    """The layers in float64, in float32 where that holds their weights and the kernels round outward.
+
+    They are compared with the model on ``x``.
+    """
     double = _network.in_float64(model)
     _network.same_function(double, x)
-    return [_narrowed(layer) if isinstance(layer, EulerConvFlow) else layer for layer in _network.layers_of(double)]
+    layers = _network.layers_of(double)
+    found: list[nn.Module] = []
+    for layer in layers:
+        if found and ActivatedConv.takes(found[-1], layer):
+            conv = found.pop()
+            assert isinstance(conv, nn.Conv2d)
+            assert isinstance(layer, SmoothLeakyReLU)
+            layer = ActivatedConv(conv, layer)
+        found.append(layer)
+    return [_narrowed(layer) if isinstance(layer, _ROUNDING_OUTWARD) else layer for layer in found]
 
 
-def _narrowed(flow: EulerConvFlow) -> EulerConvFlow:
-    narrow = copy.deepcopy(flow).float()
-    exact = all(torch.equal(a.double(), b) for a, b in zip(narrow.parameters(), flow.parameters(), strict=True))
-    return narrow if exact else flow
+def _narrowed(layer: nn.Module) -> nn.Module:
+    narrow = copy.deepcopy(layer).float()
+    exact = all(torch.equal(a.double(), b) for a, b in zip(narrow.parameters(), layer.parameters(), strict=True))
+    return narrow if exact else layer
 
 
 def _certified(layers: list[nn.Module], x: Tensor, y: Tensor, eps: Tensor) -> Tensor:
@@ -195,7 +239,7 @@ def linf_certified(model: nn.Module, x: Tensor, y: Tensor, eps: float, *, batch_
     radius = torch.full((1,), float(eps), dtype=torch.float64, device=x.device)
     found = [
         _certified(layers, part, labels, radius)
-        for part, labels in zip(x.split(batch_size), y.long().split(batch_size), strict=True)
+        for part, labels in zip(torch.split(x, batch_size), torch.split(y.long(), batch_size), strict=True)
         if len(part)
     ]
     return torch.cat(found) if found else torch.zeros(0, dtype=torch.bool, device=x.device)
@@ -230,7 +274,7 @@ def linf_radius(model: nn.Module, x: Tensor, y: Tensor, *, tolerance: float = 1e
     lipschitz = lipschitz_radius(model, x, y, p="inf", batch_size=batch_size)
     layers, y = _deployed(model, x), y.long()
     found = []
-    for part, labels, start in zip(*(t.split(batch_size) for t in (x, y, lipschitz)), strict=True):
+    for part, labels, start in zip(*(torch.split(t, batch_size) for t in (x, y, lipschitz)), strict=True):
         if not len(part):
             continue
         possible = _certified(layers, part, labels, torch.zeros_like(start))

@@ -66,10 +66,16 @@ def _bound(layer: nn.Module) -> list[LayerBound]:
         steepest = (scale if layer.weight is None else scale * layer.weight.abs()).max().item()
         return [LayerBound(name, steepest, steepest)]
     if isinstance(layer, nn.AvgPool2d):
-        plain = layer.kernel_size == layer.stride and layer.padding == 0 and isinstance(layer.kernel_size, int)
-        if not plain or layer.ceil_mode or layer.divisor_override is not None:
+        size = layer.kernel_size
+        if (
+            not isinstance(size, int)
+            or size != layer.stride
+            or layer.padding != 0
+            or layer.ceil_mode
+            or layer.divisor_override is not None
+        ):
             raise ValueError(f"{layer} overlaps, pads or has its own divisor: no bound is known")
-        return [LayerBound(name, 1.0, layer.kernel_size**-2)]
+        return [LayerBound(name, 1.0, size**-2)]
     if isinstance(layer, nn.ReLU | nn.Flatten | nn.Identity | nn.Dropout | PadChannels):
         return []  # 1 in every norm
     raise TypeError(f"no bound is known for the layer {name}")
@@ -108,7 +114,7 @@ def lipschitz_radius(model: nn.Module, x: Tensor, y: Tensor, *, p: str, batch_si
     dual = {"inf": 1.0, "1": torch.inf, "2": 2.0}[p]
     distances = torch.linalg.vector_norm(head.weight[:, None] - head.weight[None], dual, dim=2)
     found = []
-    for part, labels in zip(x.split(batch_size), y.split(batch_size), strict=True):
+    for part, labels in zip(torch.split(x, batch_size), torch.split(y, batch_size), strict=True):
         logits = model(part.double())
         slack = _network.ROUNDING * (1.0 + logits.abs().amax(1, keepdim=True))
         left = (_network.margins(logits, labels) - slack).clamp_min(0.0)

@@ -70,7 +70,7 @@ def summarise(
     if not len(images):
         raise ValueError("data is empty, expected at least one image")
     radii, correct, counts = [], 0, dict.fromkeys(map(float, eps), 0)
-    for x, y in zip(images.split(_BATCH), labels.split(_BATCH), strict=True):
+    for x, y in zip(torch.split(images, _BATCH), torch.split(labels, _BATCH), strict=True):
         radius = l2_radius(model, x, y) if norm == "l2" else linf_radius(model, x, y, tolerance=tolerance)
         for value in counts:
             certified = radius >= value if norm == "l2" else linf_certified(model, x, y, value)
