@@ -274,17 +274,18 @@ def contraction_penalty_backward(grad_output: Tensor, weight: Tensor, coefficien
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "euler_conv_flow_bound": euler_conv_flow_bound,
     "activated_conv_bound": activated_conv_bound,
-} | {
-    function.__name__: _widened(function)
-    for function in (
-        smooth_leaky_relu,
-        smooth_leaky_relu_backward,
-        euler_conv_step,
-        euler_conv_step_backward,
-        euler_conv_flow,
-        euler_conv_flow_saving,
-        euler_conv_flow_backward,
-        contraction_penalty,
-        contraction_penalty_backward,
-    )
+    **{
+        function.__name__: _widened(function)
+        for function in (
+            smooth_leaky_relu,
+            smooth_leaky_relu_backward,
+            euler_conv_step,
+            euler_conv_step_backward,
+            euler_conv_flow,
+            euler_conv_flow_saving,
+            euler_conv_flow_backward,
+            contraction_penalty,
+            contraction_penalty_backward,
+        )
+    },
 }

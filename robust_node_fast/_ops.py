@@ -140,7 +140,7 @@ _IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
 
 def _in_fake_layout(name: str, *args: Any) -> Any:
     """The reference's result, copied where PyTorch chose other strides than the contract promises."""
-    results = _IMPLEMENTATIONS[name](*args)
+    results: Any = _IMPLEMENTATIONS[name](*args)
     templates = _FAKES[name](*args)
     single = isinstance(results, Tensor)
     placed = [

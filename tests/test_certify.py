@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import robust_node_fast as rnf
 from robust_node_fast import certify, reference
-from robust_node_fast.functional import euler_conv_flow_bound
+from robust_node_fast.functional import activated_conv_bound, euler_conv_flow_bound
 
 
 def small_network(seed: int = 0, *, gain: float = 1.0, step_size: float = 0.1, n_steps: int = 3) -> nn.Module:
@@ -259,6 +259,51 @@ def test_float32_never_claims_more_than_float64(
         assert ((moved - centre).abs() <= bound).all()
 
 
+@given(
+    seed=st.integers(0, 10**6),
+    shape=st.tuples(st.integers(0, 3), st.integers(1, 5), st.integers(1, 7), st.integers(1, 21)),
+    outputs=st.integers(1, 11),
+    kernel=st.sampled_from((1, 3, 5)),
+    bias=st.booleans(),
+    layout=st.sampled_from(LAYOUTS),
+    negative_slope=st.sampled_from((-1.3, 0.0, 0.1, 1.0, 1.7)),
+    gain=st.sampled_from((0.1, 1.0, 9.0)),
+    size=st.sampled_from((0.0, 1e-3, 0.1, 3.0)),
+)
+@settings(max_examples=100)
+def test_first_layer_in_float32_never_claims_more_than_in_float64(
+    seed: int,
+    shape: tuple[int, int, int, int],
+    outputs: int,
+    kernel: int,
+    bias: bool,
+    layout: str,
+    negative_slope: float,
+    gain: float,
+    size: float,
+) -> None:
+    torch.manual_seed(seed)
+    x, radius = random_state(shape, layout), size * random_state(shape).abs()
+    weight, b = gain * torch.randn(outputs, shape[1], kernel, kernel), torch.randn(outputs) if bias else None
+    centre, bound = activated_conv_bound(x, radius, weight, b, negative_slope=negative_slope)
+    double = [None if t is None else t.double() for t in (x, radius, weight, b)]
+    exact, exact_bound = reference.bound_of_activated_conv(*double, negative_slope)
+    wide, wide_bound = activated_conv_bound(*double, negative_slope=negative_slope)
+    assert centre.shape == bound.shape == exact.shape
+    assert (bound >= exact_bound).all()
+    assert ((centre - exact).abs() <= bound).all()
+    if not len(x):
+        return
+    scale = exact_bound.amax() + F.conv2d(double[0].abs(), double[2].abs(), double[3], padding=kernel // 2).abs().amax()
+    assert (bound - exact_bound).amax() <= 1e-4 * (scale + 1)
+    assert (wide_bound - exact_bound).abs().amax() <= 1e-12 * (scale + 1)
+    assert (wide - exact).abs().amax() <= 1e-12 * (scale + 1)
+    for _ in range(4):
+        moved = double[0] + torch.randn(shape).sign().double() * double[1]
+        changed = reference.bound_of_activated_conv(moved, *double[1:], negative_slope)[0]
+        assert ((changed - centre).abs() <= bound).all()
+
+
 def test_float32_and_float64_agree_on_the_mnist_network() -> None:
     model = rnf.models.MNISTNode().eval()
     x = torch.rand(20, 1, 28, 28)
@@ -310,9 +355,18 @@ def test_gradients_of_the_bound() -> None:
     weight, bias = random_filters(3, 3, 2, bias=True, dtype=torch.float64)
     leaves = [t.requires_grad_() for t in (z, radius, weight, bias)]
     assert torch.autograd.gradcheck(lambda *tensors: euler_conv_flow_bound(*tensors, step_size=0.3), leaves)
+    x, first = torch.randn(2, 2, 4, 5).double(), torch.randn(3, 2, 3, 3).double()
+    leaves = [t.requires_grad_() for t in (x, torch.rand_like(x), first, torch.randn(3).double())]
+    assert torch.autograd.gradcheck(activated_conv_bound, leaves)
 
 
 def test_bad_arguments_of_the_bound() -> None:
+    with pytest.raises(ValueError, match=r"weight has shape \(3, 4, 3, 3\), expected \(D, 2, k, k\)"):
+        activated_conv_bound(torch.ones(1, 2, 5, 5), torch.ones(1, 2, 5, 5), torch.ones(3, 4, 3, 3))
+    with pytest.raises(ValueError, match=r"bias has shape \(2,\), expected \(3,\)"):
+        activated_conv_bound(torch.ones(1, 2, 5, 5), torch.ones(1, 2, 5, 5), torch.ones(3, 2, 3, 3), torch.ones(2))
+    with pytest.raises(ValueError, match="input has shape"):
+        activated_conv_bound(torch.ones(2, 5, 5), torch.ones(2, 5, 5), torch.ones(3, 2, 3, 3))
     z, (weight, bias) = torch.randn(2, 3, 4, 4), random_filters(3, 3, 2, bias=True)
     with pytest.raises(ValueError, match="radius has negative numbers"):
         euler_conv_flow_bound(z, -torch.ones_like(z), weight, bias, step_size=0.1)
@@ -442,6 +496,24 @@ def test_certified_training_raises_certified_accuracy() -> None:
         found[certified] = certify.linf_certified(model.eval(), test_x, test_y, eps).double().mean().item()
     assert found[True] > found[False] + 0.2
     assert found[True] > 0.4
+
+
+def test_float32_is_used_where_it_is_exact_and_never_certifies_more() -> None:
+    """A model in float64 with other weights takes the float64 kernels; the radii agree, from below."""
+    model, x = small_network(), samples(16)
+    y = model(x).argmax(1)
+    narrow = certify.interval._deployed(model, x)
+    assert [type(layer).__name__ for layer in narrow] == ["ActivatedConv", "EulerConvFlow", "Flatten", "Linear"]
+    assert [layer.weight.dtype for layer in (narrow[0], narrow[1])] == [torch.float32] * 2
+    double = small_network().double()
+    with torch.no_grad():
+        for parameter in double.parameters():
+            parameter.mul_(1 + 1e-12)  # no float32 numbers any more
+    wide = certify.interval._deployed(double, x)
+    assert [layer.weight.dtype for layer in (wide[0], wide[1])] == [torch.float64] * 2
+    least, most = (certify.linf_radius(m, x, y, tolerance=1e-7) for m in (model, double))
+    assert (least <= most * (1 + 1e-6)).all()
+    assert (least >= most * (1 - 2e-4)).all()
 
 
 class Forgetful(nn.Module):

@@ -54,3 +54,10 @@ def test_figures_of_the_readme_come_from_the_committed_results() -> None:
         f"training {ratio(cifar, 'forward+backward', True)} times",
     ):
         assert sentence in text, sentence
+
+
+def test_cost_of_a_certificate_comes_from_the_committed_results() -> None:
+    with (ROOT / "bench" / "results" / "certify.csv").open() as file:
+        forwards = {row["work"]: float(row["forwards"]) for row in csv.DictReader(file)}
+    text = " ".join((ROOT / "docs" / "certify.md").read_text().split())
+    assert f"takes {forwards['certificate']:.1f} plain forward passes" in text

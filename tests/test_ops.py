@@ -51,6 +51,15 @@ def test_flow_bound(
     torch.library.opcheck(OPS.euler_conv_flow_bound.default, arguments)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+def test_bound_of_an_activated_convolution(layout: str, dtype: torch.dtype) -> None:
+    input, radius = random_state((2, 3, 5, 4), layout, dtype), 0.1 * random_state((2, 3, 5, 4), dtype=dtype).abs()
+    weight, bias = torch.randn(5, 3, 3, 3, dtype=dtype), torch.randn(5, dtype=dtype)
+    arguments = (leaf(input), leaf(radius), leaf(weight), leaf(bias), 0.2)
+    torch.library.opcheck(OPS.activated_conv_bound.default, arguments)
+
+
 def saving_samples() -> list[Any]:
     """(shape, layout, kernel, shared, bias)"""
     return [

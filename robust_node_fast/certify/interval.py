@@ -58,13 +58,15 @@ class ActivatedConv(nn.Module):
         super().__init__()
         self.weight, self.bias, self.negative_slope = conv.weight, conv.bias, activation.negative_slope
 
-    @staticmethod
-    def takes(conv: nn.Module, activation: nn.Module) -> bool:
+    @classmethod
+    def of(cls, conv: nn.Module, activation: nn.Module) -> ActivatedConv | None:
+        """``None`` where the two layers are no such thing."""
         if not isinstance(conv, nn.Conv2d) or not isinstance(activation, SmoothLeakyReLU):
-            return False
+            return None
         k = conv.kernel_size[0]
         plain = (conv.stride, conv.dilation, conv.groups, conv.padding_mode) == ((1, 1), (1, 1), 1, "zeros")
-        return plain and conv.kernel_size == (k, k) and k % 2 == 1 and conv.padding in ("same", (k // 2, k // 2))
+        same = conv.kernel_size == (k, k) and k % 2 == 1 and conv.padding in ("same", (k // 2, k // 2))
+        return cls(conv, activation) if plain and same else None
 
 
 def _flow(layer: EulerConvFlow, box: Box) -> Box:
@@ -198,12 +200,8 @@ def _deployed(model: nn.Module, x: Tensor) -> list[nn.Module]:
     layers = _network.layers_of(double)
     found: list[nn.Module] = []
     for layer in layers:
-        if found and ActivatedConv.takes(found[-1], layer):
-            conv = found.pop()
-            assert isinstance(conv, nn.Conv2d)
-            assert isinstance(layer, SmoothLeakyReLU)
-            layer = ActivatedConv(conv, layer)
-        found.append(layer)
+        together = ActivatedConv.of(found[-1], layer) if found else None
+        found[-1 if together else len(found) :] = [together or layer]
     return [_narrowed(layer) if isinstance(layer, _ROUNDING_OUTWARD) else layer for layer in found]
 
 
@@ -220,7 +218,7 @@ def _certified(layers: list[nn.Module], x: Tensor, y: Tensor, eps: Tensor) -> Te
 
 
 @torch.no_grad()
-def linf_certified(model: nn.Module, x: Tensor, y: Tensor, eps: float, *, batch_size: int = 128) -> Tensor:
+def linf_certified(model: nn.Module, x: Tensor, y: Tensor, eps: float, *, batch_size: int = 256) -> Tensor:
     """Whether no perturbation of at most ``eps`` in any pixel changes the prediction ``y``: ``(B,)`` bool, by bound E.
 
     Args:
@@ -260,7 +258,7 @@ def _largest(layers: list[nn.Module], x: Tensor, y: Tensor, low: Tensor, toleran
 
 
 @torch.no_grad()
-def linf_radius(model: nn.Module, x: Tensor, y: Tensor, *, tolerance: float = 1e-4, batch_size: int = 128) -> Tensor:
+def linf_radius(model: nn.Module, x: Tensor, y: Tensor, *, tolerance: float = 1e-4, batch_size: int = 256) -> Tensor:
     """The largest ``eps`` that is certified, from below to ``tolerance``: ``(B,)`` float64, 0 if misclassified.
 
     By bisection on bound E, which grows with eps, up to 10^6; never less than the radius of the Lipschitz constants.

@@ -1,8 +1,10 @@
 """Bounds A, B, C: Lipschitz constants of every layer in a p-norm, their product, and the radius it certifies.
 
 Per Euler step ``rnf.functional.euler_lipschitz_bound``; convolutions by the row sums ``max_o sum |W[o]|`` (p = inf) and
-column sums ``max_c sum |W[:, c]|`` (p = 1) of their filters, which bound the operator's under zero padding; p = 2 by
-``||M||_2 <= sqrt(||M||_1 ||M||_inf)``. No power iteration: it would be a bound from below.
+column sums ``max_c sum |W[:, c]|`` (p = 1) of their filters; p = 2 by ``||M||_2 <= sqrt(||M||_1 ||M||_inf)``. A row of
+the operator has the entries of a filter, some added up where padding repeats pixels, some missing: row sums bound the
+operator's under any padding. A column has each entry at most once under zero and circular padding only: with reflect
+and replicate there is no bound for p = 1 and 2. No power iteration: it would be a bound from below.
 
 Radius in norm p with the head's rows ``w`` and q dual to p:
 
@@ -66,14 +68,8 @@ def _bound(layer: nn.Module) -> list[LayerBound]:
         steepest = (scale if layer.weight is None else scale * layer.weight.abs()).max().item()
         return [LayerBound(name, steepest, steepest)]
     if isinstance(layer, nn.AvgPool2d):
-        size = layer.kernel_size
-        if (
-            not isinstance(size, int)
-            or size != layer.stride
-            or layer.padding != 0
-            or layer.ceil_mode
-            or layer.divisor_override is not None
-        ):
+        size, own = layer.kernel_size, layer.ceil_mode or layer.divisor_override is not None
+        if not isinstance(size, int) or size != layer.stride or layer.padding != 0 or own:
             raise ValueError(f"{layer} overlaps, pads or has its own divisor: no bound is known")
         return [LayerBound(name, 1.0, size**-2)]
     if isinstance(layer, nn.ReLU | nn.Flatten | nn.Identity | nn.Dropout | PadChannels):

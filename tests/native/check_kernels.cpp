@@ -593,6 +593,39 @@ void check_bound(const rnf::Kernels& kernels, const Problem& p, bool channels_la
   }
 }
 
+// The first layer's: from one channel, whose weights are the first of each output's, to all.
+template <class T>
+void check_convolution_bound(const rnf::Kernels& kernels, const Problem& p, const rnf::Parallel& parallel) {
+  rnf::FlowShape one = p.s;
+  one.channels = 1;
+  const int64_t area = p.s.height * p.s.width, taps = p.s.kernel * p.s.kernel, border = p.s.kernel / 2;
+  const Order to{p.s, false}, from{one, true};
+  Array<T> input(p.s.batch * area, true), box(p.s.batch * area, false, T(0.25));
+  for (int64_t i = 0; i < input.size(); ++i) input[i] = static_cast<T>(p.input[i]);
+  const std::vector<T> weight(p.weight.begin(), p.weight.begin() + p.s.channels * taps);
+  Array<T> centre(p.size(), false), bound(p.size(), true);
+  kernels.of<T>().convolution_bound(
+      {p.s.batch, 1, p.s.channels, p.s.height, p.s.width, p.s.kernel, 0.125, from.view<const T>(input.data()),
+       from.view<const T>(box.data()), weight.data(), nullptr, to.view(centre.data()), to.view(bound.data())},
+      parallel);
+  for (int64_t n = 0; n < p.s.batch * p.s.channels; ++n)
+    for (int64_t i = 0; i < area; ++i) {
+      double u = 0, change = 0;
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        const int64_t y = i / p.s.width + tap / p.s.kernel - border, x = i % p.s.width + tap % p.s.kernel - border;
+        if (y < 0 || x < 0 || y >= p.s.height || x >= p.s.width) continue;
+        const double w = p.weight[n % p.s.channels * taps + tap];
+        u += w * static_cast<double>(input[n / p.s.channels * area + y * p.s.width + x]);
+        change += 0.25 * std::fabs(w);
+      }
+      const double z = activate(u, 0.125), exact = activate(u + change, 0.125) - z;
+      const double r = static_cast<double>(bound[n * area + i]), error = static_cast<double>(centre[n * area + i]) - z;
+      expect(std::fabs(error) <= r, "centre of a first layer's bound", kernels.name, p.s, error, r);
+      expect(r >= exact && r <= exact + (sizeof(T) == 4 ? 1e-4 : 1e-12) * (1 + std::fabs(u)), "first layer's bound",
+             kernels.name, p.s, r, exact);
+    }
+}
+
 template <class T>
 void check_activation(const rnf::Kernels& kernels, int64_t count, const rnf::Parallel& parallel) {
   Array<T> u(count, false);
@@ -715,6 +748,8 @@ int main() {
         if (i < std::size(direct)) {
           check_bound<float>(*sets[set], p, last, variant ? kTwo : kOne);
           check_bound<double>(*sets[set], p, !last, variant ? kOne : kTwo);
+          check_convolution_bound<float>(*sets[set], p, variant ? kOne : kTwo);
+          check_convolution_bound<double>(*sets[set], p, variant ? kTwo : kOne);
         }
       }
     }
