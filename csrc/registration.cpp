@@ -180,6 +180,65 @@ void flow_backward(Tensor grad_output, Tensor input, Tensor weight, std::optiona
   });
 }
 
+void flow_bound(Tensor input, Tensor radius, Tensor weight, std::optional<Tensor> bias, double step_size,
+                double negative_slope, int64_t n_steps, Tensor centre, Tensor bound) {
+  const rnf::FlowShape shape =
+      flow_shape(input, weight, n_steps, static_cast<int64_t>(rnf::Layout::planes), /*bfloat16=*/false);
+  check_like(radius, shape, "radius", n_steps + 1);
+  check_like(centre, shape, "centre", n_steps + 1);
+  check_like(bound, shape, "bound", n_steps + 1);
+  if (bias) check_count(*bias, shape.banks() * shape.channels, "bias");
+  with_type(input, [&](auto type) {
+    using T = decltype(type);
+    const rnf::FlowBound<T> p{shape,
+                              step_size,
+                              negative_slope,
+                              view<const T>(input, "input"),
+                              view<const T>(radius, "radius"),
+                              dense<const T>(weight, "weight"),
+                              bias ? dense<const T>(*bias, "bias") : nullptr,
+                              view<T>(centre, "centre"),
+                              view<T>(bound, "bound")};
+    rnf::kernels().of<T>().flow_bound(p, parallel());
+  });
+}
+
+void convolution_bound(Tensor input, Tensor radius, Tensor weight, std::optional<Tensor> bias, double negative_slope,
+                       Tensor centre, Tensor bound) {
+  STD_TORCH_CHECK(input.dim() == 4 && weight.dim() == 4 && weight.size(1) == input.size(1) && weight.size(2) % 2 == 1 &&
+                      weight.size(2) == weight.size(3),
+                  "expected (B, C, H, W) and square filters for C channels");
+  rnf::FlowShape shape{};
+  shape.batch = input.size(0), shape.channels = input.size(1), shape.height = input.size(2),
+  shape.width = input.size(3);
+  const double state = static_cast<double>(shape.channels) * (shape.height + weight.size(2) + 1) *
+                       static_cast<double>(shape.width + weight.size(2) + 64);
+  STD_TORCH_CHECK(state < std::numeric_limits<int32_t>::max(), "one sample's state exceeds 2^31 elements");
+  check_like(radius, shape, "radius", 0);
+  const int64_t channels_in = shape.channels;
+  shape.channels = weight.size(0);
+  check_like(centre, shape, "centre", 0);
+  check_like(bound, shape, "bound", 0);
+  if (bias) check_count(*bias, shape.channels, "bias");
+  with_type(input, [&](auto type) {
+    using T = decltype(type);
+    const rnf::ConvolutionBound<T> p{shape.batch,
+                                     channels_in,
+                                     shape.channels,
+                                     shape.height,
+                                     shape.width,
+                                     weight.size(2),
+                                     negative_slope,
+                                     view<const T>(input, "input"),
+                                     view<const T>(radius, "radius"),
+                                     dense<const T>(weight, "weight"),
+                                     bias ? dense<const T>(*bias, "bias") : nullptr,
+                                     view<T>(centre, "centre"),
+                                     view<T>(bound, "bound")};
+    rnf::kernels().of<T>().convolution_bound(p, parallel());
+  });
+}
+
 // Tensors of one dense block with equal strides; _cpu.py sees to it.
 void activation(std::optional<Tensor> grad_output, Tensor input, double negative_slope, Tensor output) {
   if (grad_output) check_count(*grad_output, input.numel(), "grad_output");
@@ -251,6 +310,12 @@ STABLE_TORCH_LIBRARY(robust_node_fast_cpu, m) {
       "grad_input, "
       "Tensor(b!)? grad_weight, Tensor(c!)? grad_bias) -> "
       "()");
+  m.def(
+      "flow_bound(Tensor input, Tensor radius, Tensor weight, Tensor? bias, float step_size, float negative_slope, "
+      "int n_steps, Tensor(a!) centre, Tensor(b!) bound) -> ()");
+  m.def(
+      "convolution_bound(Tensor input, Tensor radius, Tensor weight, Tensor? bias, float negative_slope, "
+      "Tensor(a!) centre, Tensor(b!) bound) -> ()");
   m.def("activation(Tensor? grad_output, Tensor input, float negative_slope, Tensor(a!) output) -> ()");
   m.def(
       "contraction_penalty(Tensor weight, float rate, float slope_low, float slope_high, int norm, int reduction, "
@@ -263,6 +328,8 @@ STABLE_TORCH_LIBRARY(robust_node_fast_cpu, m) {
 STABLE_TORCH_LIBRARY_IMPL(robust_node_fast_cpu, CPU, m) {
   m.impl("flow_forward", TORCH_BOX(&flow_forward));
   m.impl("flow_backward", TORCH_BOX(&flow_backward));
+  m.impl("flow_bound", TORCH_BOX(&flow_bound));
+  m.impl("convolution_bound", TORCH_BOX(&convolution_bound));
   m.impl("activation", TORCH_BOX(&activation));
   m.impl("contraction_penalty", TORCH_BOX(&contraction_penalty));
   m.impl("contraction_penalty_backward", TORCH_BOX(&contraction_penalty_backward));

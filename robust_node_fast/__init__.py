@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-from robust_node_fast import functional, jacobian, models, nn, reference
+from robust_node_fast import certify, functional, jacobian, models, nn, reference
 from robust_node_fast._backends import FallbackWarning, backend_info, set_backend
 from robust_node_fast._version import __version__
 
@@ -13,6 +13,7 @@ __all__ = [
     "FallbackWarning",
     "__version__",
     "backend_info",
+    "certify",
     "data",
     "functional",
     "jacobian",

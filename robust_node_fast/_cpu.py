@@ -18,6 +18,8 @@ from robust_node_fast import _checks, _layout
 _native = torch.ops.robust_node_fast_cpu
 _flow_forward = _native.flow_forward.default
 _flow_backward = _native.flow_backward.default
+_flow_bound = _native.flow_bound.default
+_convolution_bound = _native.convolution_bound.default
 _activation = _native.activation.default
 _contraction_penalty = _native.contraction_penalty.default
 _contraction_penalty_backward = _native.contraction_penalty_backward.default
@@ -182,6 +184,40 @@ def euler_conv_flow_backward(
     return or_unwanted(grad_input), or_unwanted(grad_weight), or_unwanted(grad_bias)
 
 
+def euler_conv_flow_bound(
+    input: Tensor,
+    radius: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    step_size: float,
+    negative_slope: float,
+    n_steps: int,
+) -> tuple[Tensor, Tensor]:
+    centre, bound = _layout.empty_state(input), _layout.empty_state(input)
+    _flow_bound(
+        input,
+        radius,
+        weight.contiguous(),
+        None if bias is None else bias.contiguous(),
+        step_size,
+        negative_slope,
+        n_steps,
+        centre,
+        bound,
+    )
+    return centre, bound
+
+
+def activated_conv_bound(
+    input: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | None, negative_slope: float
+) -> tuple[Tensor, Tensor]:
+    shape = (input.shape[0], weight.shape[0], *input.shape[2:])
+    centre, bound = input.new_empty(shape), input.new_empty(shape)
+    contiguous = None if bias is None else bias.contiguous()
+    _convolution_bound(input, radius, weight.contiguous(), contiguous, negative_slope, centre, bound)
+    return centre, bound
+
+
 def euler_conv_step(
     input: Tensor,
     weight: Tensor,
@@ -235,17 +271,22 @@ def contraction_penalty_backward(grad_output: Tensor, weight: Tensor, coefficien
     return grad_weight
 
 
+# Bounds are not widened: in float16 their results would have to be rounded outward.
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
-    function.__name__: _widened(function)
-    for function in (
-        smooth_leaky_relu,
-        smooth_leaky_relu_backward,
-        euler_conv_step,
-        euler_conv_step_backward,
-        euler_conv_flow,
-        euler_conv_flow_saving,
-        euler_conv_flow_backward,
-        contraction_penalty,
-        contraction_penalty_backward,
-    )
+    "euler_conv_flow_bound": euler_conv_flow_bound,
+    "activated_conv_bound": activated_conv_bound,
+    **{
+        function.__name__: _widened(function)
+        for function in (
+            smooth_leaky_relu,
+            smooth_leaky_relu_backward,
+            euler_conv_step,
+            euler_conv_step_backward,
+            euler_conv_flow,
+            euler_conv_flow_saving,
+            euler_conv_flow_backward,
+            contraction_penalty,
+            contraction_penalty_backward,
+        )
+    },
 }

@@ -46,6 +46,14 @@ _SCHEMAS = {
         "SymInt n_steps, bool return_trajectory, bool[3] output_mask, Tensor? states=None, Tensor? slopes=None) -> "
         "(Tensor, Tensor, Tensor)"
     ),
+    # Centre and radius of bound E.
+    "euler_conv_flow_bound": (
+        "(Tensor input, Tensor radius, Tensor weight, Tensor? bias, float step_size, float negative_slope, "
+        "SymInt n_steps) -> (Tensor, Tensor)"
+    ),
+    "activated_conv_bound": (
+        "(Tensor input, Tensor radius, Tensor weight, Tensor? bias, float negative_slope) -> (Tensor, Tensor)"
+    ),
     "contraction_penalty": (
         "(Tensor weight, float rate, float slope_low, float slope_high, str norm, str reduction) -> (Tensor, Tensor)"
     ),
@@ -116,14 +124,24 @@ _DIFFERENTIABLE: dict[str, Callable[..., Any]] = {
     "euler_conv_flow": _reference_flow,
     "euler_conv_flow_saving": reference.euler_conv_flow_saving,
     "euler_conv_flow_backward": _reference_flow_backward,
+    "euler_conv_flow_bound": reference.bound_e,
+    "activated_conv_bound": reference.bound_of_activated_conv,
     "contraction_penalty": _reference_penalty,
     "contraction_penalty_backward": reference.contraction_penalty_backward,
 }
 
 
+# What runs is what is differentiated, but for a bound: it has to hold whatever was rounded.
+_IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
+    **_DIFFERENTIABLE,
+    "euler_conv_flow_bound": reference.euler_conv_flow_bound,
+    "activated_conv_bound": reference.activated_conv_bound,
+}
+
+
 def _in_fake_layout(name: str, *args: Any) -> Any:
     """The reference's result, copied where PyTorch chose other strides than the contract promises."""
-    results = _DIFFERENTIABLE[name](*args)
+    results: Any = _IMPLEMENTATIONS[name](*args)
     templates = _FAKES[name](*args)
     single = isinstance(results, Tensor)
     placed = [
@@ -180,6 +198,15 @@ def _fake_flow_backward(
     )
 
 
+def _fake_flow_bound(input: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _layout.empty_state(input), _layout.empty_state(input)
+
+
+def _fake_conv_bound(input: Tensor, radius: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    shape = (input.shape[0], weight.shape[0], *input.shape[2:])
+    return input.new_empty(shape), input.new_empty(shape)
+
+
 def _fake_penalty(
     weight: Tensor, rate: float, slope_low: float, slope_high: float, norm: str, reduction: str
 ) -> tuple[Tensor, Tensor]:
@@ -200,6 +227,8 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "euler_conv_flow": _fake_flow,
     "euler_conv_flow_saving": _fake_flow_saving,
     "euler_conv_flow_backward": _fake_flow_backward,
+    "euler_conv_flow_bound": _fake_flow_bound,
+    "activated_conv_bound": _fake_conv_bound,
     "contraction_penalty": _fake_penalty,
     "contraction_penalty_backward": _fake_penalty_backward,
 }
@@ -213,6 +242,8 @@ _FAKES: dict[str, Callable[..., Any]] = {
 def _deciding(name: str) -> tuple[int, int | None]:
     """Which arguments decide on the implementation: one for device and dtype, one for the kernel size."""
     data = 1 if name.endswith("_backward") else 0
+    if name.endswith("_bound"):
+        return data, 2
     return data, None if name.startswith("smooth") else data if name.startswith("contraction") else data + 1
 
 
@@ -269,6 +300,8 @@ smooth_leaky_relu = _OPS.smooth_leaky_relu.default
 euler_conv_step = _OPS.euler_conv_step.default
 euler_conv_flow = _OPS.euler_conv_flow.default
 euler_conv_flow_saving = _OPS.euler_conv_flow_saving.default
+euler_conv_flow_bound = _OPS.euler_conv_flow_bound.default
+activated_conv_bound = _OPS.activated_conv_bound.default
 _contraction_penalty = _OPS.contraction_penalty.default
 
 
@@ -410,8 +443,8 @@ def _penalty_gradient(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Any, ...]:
     return _contraction_penalty_backward(grad, weight, coefficients), None, None, None, None, None
 
 
-def _second_order(name: str, tensors: int) -> Callable[..., Any]:
-    """Gradient of a backward op: differentiate its reference, whose pieces are ordinary differentiable functions."""
+def _through_reference(name: str, tensors: int) -> Callable[..., Any]:
+    """Gradient of an op without a fused one, backward ops among them: differentiate its reference."""
 
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         again = torch.is_grad_enabled()  # the caller wants to differentiate this result too
@@ -451,12 +484,14 @@ _register_autograd("euler_conv_flow", _flow_gradient, _saves(0, 1, 2))
 _register_autograd("euler_conv_flow_saving", _saving_flow_gradient, _save_flow)
 _register_autograd("contraction_penalty", _penalty_gradient, _save_penalty)
 for _name, _tensors in (
+    ("euler_conv_flow_bound", 4),
+    ("activated_conv_bound", 4),
     ("smooth_leaky_relu_backward", 2),
     ("euler_conv_step_backward", 4),
     ("euler_conv_flow_backward", 4),
     ("contraction_penalty_backward", 3),
 ):
-    _register_autograd(_name, _second_order(_name, _tensors), _saves(*range(_tensors)))
+    _register_autograd(_name, _through_reference(_name, _tensors), _saves(*range(_tensors)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

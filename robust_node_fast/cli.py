@@ -22,6 +22,7 @@ from rich.table import Table
 from torch import nn
 
 from robust_node_fast import _backends, data, robustness, training
+from robust_node_fast.certify import Summary, linf_certified, summarise
 from robust_node_fast.training import Outcome, TrainConfig
 
 app = typer.Typer(
@@ -306,6 +307,7 @@ def evaluate(
                     eps_l2=eps_l2 or None,
                     seeds=range(seeds),
                     sources=sources,
+                    certify=linf_certified,
                     on_batch=lambda done: update(done, ""),
                 )
             except ValueError as error:
@@ -342,6 +344,56 @@ def _print_report(title: str, report: robustness.Report) -> None:
         out.print(f"{'held' if check.passed else 'NOT HELD'}: {check.name} ({check.detail})", highlight=False)
     for sentence in (*report.notes, report.verdict):
         out.print(sentence, highlight=False, soft_wrap=True)
+
+
+@app.command()
+@_reported
+def certify(
+    run: Annotated[Path, typer.Argument(help="Run folder of `rnf train`.")],
+    *,
+    eps: Annotated[list[float], typer.Option(min=0.0, help="Radius to certify (repeat for several).")] = [0.1],  # noqa: B006
+    norm: Annotated[
+        Literal["linf", "l2"],
+        typer.Option(help="linf: each sample's own interval bound; l2: Lipschitz constants."),
+    ] = "linf",
+    samples: Annotated[int | None, typer.Option(min=1, help="First test images.", show_default="all")] = None,
+    data_root: Annotated[
+        Path | None, typer.Option(help=TrainConfig.__dataclass_fields__["data_root"].metadata["help"])
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    backend: Backend = None,
+) -> None:
+    """What no attack can break: certified accuracy and radii; certificate_<norm>.json in the run folder."""
+    _choose(backend)
+    for folder in _runs_in(run):
+        model, config = training.load_model(folder)
+        with training.writing(folder):
+            tempfile.TemporaryFile(dir=folder).close()  # before minutes of work rather than after them
+        dataset = data.load(config.dataset, data_root or config.data_root)
+        images, labels = dataset.test_images[:samples], dataset.test_labels[:samples]
+        with _progress(f"certify {config.network}", len(labels)) as update:
+            try:
+                found = summarise(model, images, labels, eps=eps, norm=norm, on_batch=lambda done: update(done, ""))
+            except (TypeError, ValueError) as error:
+                _fail(f"{folder} cannot be certified: {error}", 1)
+        with training.writing(folder):
+            (folder / f"certificate_{norm}.json").write_text(found.to_json())
+        if as_json:
+            print(found.to_json())
+        else:
+            _print_certificates(f"{config.dataset}, {config.network} ({folder})", found)
+
+
+def _print_certificates(title: str, found: Summary) -> None:
+    table = Table(found.norm, "value", title=title)
+    table.add_row("samples", str(found.n_samples))
+    table.add_row("clean accuracy", f"{found.clean:.2%}")
+    for eps, fraction in found.certified.items():
+        table.add_row(f"certified accuracy at {eps:g}", f"{fraction:.2%}")
+    table.add_row("mean certified radius", f"{found.radius_mean:.4g}")
+    for quantile, radius in found.radius_quantiles.items():
+        table.add_row(f"radius, {quantile:.0%} quantile", f"{radius:.4g}")
+    out.print(table)
 
 
 @app.command()

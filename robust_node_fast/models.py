@@ -8,12 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robust_node_fast import functional
-from robust_node_fast.nn import EulerConvFlow, center_bias_
-from robust_node_fast.reference import pad_channels
+from robust_node_fast.nn import EulerConvFlow, PadChannels, SmoothLeakyReLU, center_bias_
 
 __all__ = ["CIFARNode", "MNISTNode", "StagedCIFARNode"]
 
@@ -23,6 +20,15 @@ class _Node(nn.Module):
 
     _first_key: int  # number of the first Euler convolution in the reference's keys
     _key: str  # its keys: "conv" -> conv1.weight, "conv." -> conv.0.weight
+
+    def layers(self) -> list[nn.Module]:
+        """The layers whose composition is ``forward``, the linear head last: what a certificate walks through."""
+        raise NotImplementedError
+
+    def forward(self, input: Tensor) -> Tensor:
+        for layer in self.layers():
+            input = layer(input)
+        return input
 
     def flows(self) -> list[tuple[str, EulerConvFlow]]:
         """Name and module of every flow, in the order of evaluation."""
@@ -121,11 +127,12 @@ class MNISTNode(_Node):
         super().__init__()
         self.conv0 = nn.Conv2d(in_channels, channels, 3, padding=1)
         self.flow = EulerConvFlow(channels, n_steps, step_size)
+        self.activation = SmoothLeakyReLU(self.flow.negative_slope)
+        self.flatten = nn.Flatten()
         self.fc1 = nn.Linear(channels * image_size**2, num_classes)
 
-    def forward(self, input: Tensor) -> Tensor:
-        z = functional.smooth_leaky_relu(self.conv0(input), self.flow.negative_slope)
-        return self.fc1(self.flow(z).flatten(1))
+    def layers(self) -> list[nn.Module]:
+        return [self.conv0, self.activation, self.flow, self.flatten, self.fc1]
 
     def center_biases_(self) -> None:
         super().center_biases_()
@@ -155,12 +162,12 @@ class CIFARNode(_Node):
         self.bn = nn.BatchNorm2d(channels)
         self.drop0 = nn.Dropout(0.1)
         self.flow = EulerConvFlow(channels, n_steps, step_size)
+        self.flatten = nn.Flatten()
         self.drop1 = nn.Dropout(0.2)
         self.fc1 = nn.Linear(channels * image_size**2, num_classes)
 
-    def forward(self, input: Tensor) -> Tensor:
-        z = self.flow(self.drop0(self.bn(self.conv0(input))))
-        return self.fc1(self.drop1(z.flatten(1)))
+    def layers(self) -> list[nn.Module]:
+        return [self.conv0, self.bn, self.drop0, self.flow, self.flatten, self.drop1, self.fc1]
 
 
 class StagedCIFARNode(_Node):
@@ -186,13 +193,13 @@ class StagedCIFARNode(_Node):
         self.stages = nn.ModuleList(EulerConvFlow(width, n_steps, step_size) for width in channels)
         for _, flow in self.flows():
             nn.init.zeros_(flow.weight)
+        self.pool = nn.AvgPool2d(2)
+        self.pads = nn.ModuleList(PadChannels(width) for width in channels[1:])
         side = image_size // 2 ** (len(channels) - 1)
+        self.flatten = nn.Flatten()
         self.fc1 = nn.Linear(channels[-1] * side**2, num_classes)
 
-    def forward(self, input: Tensor) -> Tensor:
-        z = self.bn(self.conv0(input))
-        for i, (_, flow) in enumerate(self.flows()):
-            if i:
-                z = pad_channels(F.avg_pool2d(z, 2), flow.channels)
-            z = flow(z)
-        return self.fc1(z.flatten(1))
+    def layers(self) -> list[nn.Module]:
+        first, *later = self.stages
+        between = [layer for pad, stage in zip(self.pads, later, strict=True) for layer in (self.pool, pad, stage)]
+        return [self.conv0, self.bn, first, *between, self.flatten, self.fc1]

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from robust_node_fast import _checks, functional
+from robust_node_fast import _checks, functional, reference
 
-__all__ = ["EulerConvFlow", "SmoothLeakyReLU", "center_bias_", "contractive_init_"]
+__all__ = ["EulerConvFlow", "PadChannels", "SmoothLeakyReLU", "center_bias_", "contractive_init_"]
 
 
 class SmoothLeakyReLU(nn.Module):
@@ -26,6 +26,20 @@ class SmoothLeakyReLU(nn.Module):
 
     def extra_repr(self) -> str:
         return f"negative_slope={self.negative_slope}"
+
+
+class PadChannels(nn.Module):
+    """``reference.pad_channels``: zero channels on both sides, up to ``channels``; (B, C, H, W)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+
+    def forward(self, input: Tensor) -> Tensor:
+        return reference.pad_channels(input, self.channels)
+
+    def extra_repr(self) -> str:
+        return f"channels={self.channels}"
 
 
 class EulerConvFlow(nn.Module):

@@ -136,6 +136,78 @@ def euler_lipschitz_bound(
     return {"inf": l_inf, "1": l_1, "2": (l_1 * l_inf).sqrt()}[p]
 
 
+def bound_e(
+    input: Tensor,
+    radius: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    step_size: float,
+    negative_slope: float,
+    n_steps: int,
+) -> tuple[Tensor, Tensor]:
+    """Bound E, contraction.md section 4: ``euler_conv_flow`` and how far states within ``radius`` are from it.
+
+    Differentiable; in the inputs' dtype, whose rounding is not covered.
+    """
+    z, r, h, a = input, radius, step_size, negative_slope
+    for k in range(n_steps):
+        w = weight if weight.dim() == 4 else weight[k]
+        b = bias if bias is None or weight.dim() == 4 else bias[k]
+        padding = int(w.shape[-1]) // 2
+        u = F.conv2d(z, w, b, padding=padding)
+        change = F.conv2d(r, w.abs(), padding=padding)
+        m = w[..., padding, padding].diagonal().view(-1, 1, 1)
+        others = change - m.abs() * r
+        slopes = (a + (1.0 - a) * torch.sigmoid(v) for v in (u - change, u + change))
+        low, high = ((1.0 + h * t * m).abs() * r + abs(h) * t.abs() * others for t in slopes)
+        z, r = z + h * smooth_leaky_relu(u, a), torch.maximum(low, high)
+    return z, r
+
+
+def round_outward(centre: Tensor, radius: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A centre and a radius in ``dtype``, the radius enlarged by what that loses."""
+    rounded = centre.to(dtype)
+    if dtype in (torch.float64, centre.dtype):
+        return rounded, radius.to(dtype)
+    lost = (centre - rounded).abs_().add_(torch.finfo(dtype).tiny)
+    return rounded, lost.add_(radius).mul_(1.0 + torch.finfo(dtype).eps).to(dtype)
+
+
+def euler_conv_flow_bound(
+    input: Tensor,
+    radius: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    step_size: float,
+    negative_slope: float,
+    n_steps: int,
+) -> tuple[Tensor, Tensor]:
+    """``bound_e`` in float64, rounded outward to the input's dtype."""
+    tensors = (input.double(), radius.double(), weight.double(), None if bias is None else bias.double())
+    return round_outward(*bound_e(*tensors, step_size, negative_slope, n_steps), input.dtype)
+
+
+def bound_of_activated_conv(
+    input: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | None, negative_slope: float
+) -> tuple[Tensor, Tensor]:
+    """``smooth_leaky_relu(conv2d(input))`` and how far it is from there within ``radius``; rounding not covered."""
+    padding = int(weight.shape[-1]) // 2
+    u = F.conv2d(input, weight, bias, padding=padding)
+    change = F.conv2d(radius, weight.abs(), padding=padding)
+    centre = smooth_leaky_relu(u, negative_slope)
+    if 0.0 <= negative_slope <= 1.0:  # convex and growing: it changes most upwards
+        return centre, smooth_leaky_relu(u + change, negative_slope) - centre
+    return centre, max(1.0, abs(negative_slope)) * change
+
+
+def activated_conv_bound(
+    input: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | None, negative_slope: float
+) -> tuple[Tensor, Tensor]:
+    """``bound_of_activated_conv`` in float64, rounded outward to the input's dtype."""
+    tensors = (input.double(), radius.double(), weight.double(), None if bias is None else bias.double())
+    return round_outward(*bound_of_activated_conv(*tensors, negative_slope), input.dtype)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Gradients, written out: the default implementation of the backward ops. They are made of differentiable functions,
 # so that differentiating them once more gives the double backward.

@@ -164,7 +164,7 @@ def test_evaluate_writes_its_report(trained: Path) -> None:
         assert (trained / network / "report.png").read_bytes().startswith(b"\x89PNG")
         assert (trained / network / "report.html").read_text().startswith("<!DOCTYPE html>")
     assert result.stdout.count("held: eps 0 = clean") == 2
-    assert result.stdout.count("All 4 checks held.") + result.stdout.count("UNRELIABLE") == 2
+    assert result.stdout.count("All 6 checks held.") + result.stdout.count("UNRELIABLE") == 2
 
 
 def test_evaluate_transfers_between_the_networks_of_a_run(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,6 +204,46 @@ def test_transfer_from_a_network_of_other_images(trained: Path, run: Path) -> No
     assert_sentence(result, "run was trained on mnist, expected digits to transfer attacks from it")
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_certify_writes_what_it_prints(trained: Path, norm: str) -> None:
+    result = rnf("certify", trained, "--samples", "40", "--eps", "0", "--eps", "0.02", "--norm", norm)
+    assert result.exit_code == 0, result.output
+    assert "samples" in result.stdout
+    for network in training.NETWORKS:
+        content = json.loads((trained / network / f"certificate_{norm}.json").read_text())
+        assert content["norm"] == norm
+        assert content["n_samples"] == 40
+        assert content["clean"] >= content["certified"]["0.0"] >= content["certified"]["0.02"]
+        assert 0.3 < content["certified"]["0.0"] <= 1.0
+        assert 0 < content["radius_mean"] < 1.0
+        assert f"{content['certified']['0.02']:.2%}" in result.stdout
+        assert f"{content['radius_quantiles']['0.5']:.4g}" in result.stdout
+    printed = rnf("certify", trained / "vanilla", "--samples", "40", "--norm", norm, "--json")
+    assert json.loads(printed.stdout) == json.loads((trained / "vanilla" / f"certificate_{norm}.json").read_text())
+
+
+def test_certificates_that_cannot_be_had(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_sentence(rnf("certify", tmp_path / "nothing"), "nothing is no run folder")
+    whole = cli.data.load("digits")
+    for images, labels, sentence in (
+        (whole.test_images, whole.test_labels + 5, r"cannot be certified: y lies in \[5, 14\], expected labels from 0"),
+        (whole.test_images[:0], whole.test_labels[:0], "cannot be certified: data is empty"),
+        (whole.test_images * torch.nan, whole.test_labels, "cannot be certified: x is not finite"),
+    ):
+        broken = dataclasses.replace(whole, test_images=images, test_labels=labels)
+        monkeypatch.setattr(cli.data, "load", lambda *_, broken=broken: broken)
+        assert_sentence(rnf("certify", run), sentence)
+    monkeypatch.undo()
+    model, config = training.load_model(run)
+    monkeypatch.setattr(cli.training, "load_model", lambda _: (model.train(), config))
+    assert_sentence(rnf("certify", run), "cannot be certified: model is in training mode")
+    monkeypatch.undo()
+    tensors, state = checkpoint.load(run / "model.safetensors")
+    tensors["fc1.bias"][0] = float("nan")
+    checkpoint.save(run / "model.safetensors", tensors, state)
+    assert_sentence(rnf("certify", run), "cannot be certified: model's fc1.bias is not finite")
+
+
 def test_usage_errors_exit_with_2(trained: Path, tmp_path: Path) -> None:
     for arguments, message in (
         (["train", "--learning-rate", "1"], "No such option"),
@@ -215,6 +255,8 @@ def test_usage_errors_exit_with_2(trained: Path, tmp_path: Path) -> None:
         (["train", "--resume", str(trained), "--lr", "1"], "--resume takes no lr"),
         (["evaluate", str(trained), "--eps", "-0.1"], "'--eps'"),
         (["evaluate"], "Missing argument"),
+        (["certify", str(trained), "--eps", "-0.1"], "'--eps'"),
+        (["certify", str(trained), "--norm", "l3"], "l3"),
         (["fly"], "No such command"),
     ):
         result = rnf(*arguments, env={"COLUMNS": "200"})

@@ -70,3 +70,10 @@ def test_figures_of_the_robustness_page_come_from_the_committed_results() -> Non
     ) in text
     assert f"the least of {ours['rounds']};" in text
     assert f"{ours['threads']} threads" in text
+
+
+def test_cost_of_a_certificate_comes_from_the_committed_results() -> None:
+    with (ROOT / "bench" / "results" / "certify.csv").open() as file:
+        forwards = {row["work"]: float(row["forwards"]) for row in csv.DictReader(file)}
+    text = " ".join((ROOT / "docs" / "certify.md").read_text().split())
+    assert f"takes {forwards['certificate']:.1f} plain forward passes" in text

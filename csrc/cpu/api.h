@@ -85,6 +85,28 @@ struct FlowBackward {
   T* grad_bias;          // (banks, C) contiguous
 };
 
+// Bound E (interval.inc): radius >= 0.
+template <class T>
+struct FlowBound {
+  FlowShape shape;
+  double step_size, negative_slope;
+  View<const T> input, radius;
+  const T* weight;
+  const T* bias;
+  View<T> centre, bound;
+};
+
+// The same of a convolution, stride 1 and zero "same" padding, with the activation behind it.
+template <class T>
+struct ConvolutionBound {
+  int64_t batch, channels_in, channels_out, height, width, kernel;
+  double negative_slope;
+  View<const T> input, radius;
+  const T* weight;  // (channels_out, channels_in, k, k) contiguous
+  const T* bias;    // or nullptr
+  View<T> centre, bound;
+};
+
 enum class Norm : int64_t { two, two_sharp, inf, one };
 enum class Reduction : int64_t { sum, mean, none };
 
@@ -123,6 +145,8 @@ template <class T>
 struct KernelsOf {
   void (*flow_forward)(const FlowForward<T>&, const Parallel&);
   void (*flow_backward)(const FlowBackward<T>&, const Parallel&);
+  void (*flow_bound)(const FlowBound<T>&, const Parallel&);
+  void (*convolution_bound)(const ConvolutionBound<T>&, const Parallel&);
   void (*activation)(const Activation<T>&, const Parallel&);
 };
 

@@ -538,6 +538,94 @@ void check_two_shapes_of_one_weight(const rnf::Kernels& kernels) {
   check(shape(1, 48, 5, 5, 1, 1, true, L::best), shape(1, 16, 5, 5, 3, 1, true, L::best));
 }
 
+// Bound E by its formula, in double.
+std::vector<double> exact_bound(const Problem& p, std::vector<double> radius) {
+  const rnf::FlowShape& s = p.s;
+  const int64_t area = s.height * s.width;
+  for (int64_t k = 0; k < s.steps; ++k) {
+    const int64_t n = s.shared ? 0 : k;
+    std::vector<double> u(radius.size()), change(radius.size());
+    const std::vector<double>& z = p.exact.states[k];
+    const double* const w = p.weight.data() + n * p.bank();
+    for (std::size_t i = 0; i < u.size() && !p.bias.empty(); ++i)
+      u[i] = p.bias[n * s.channels + static_cast<int64_t>(i) / area % s.channels];
+    for_each_tap(s, [&](int64_t tap, int64_t out, int64_t in) {
+      u[out] += w[tap] * z[in];
+      change[out] += std::fabs(w[tap]) * radius[in];
+    });
+    for (std::size_t i = 0; i < u.size(); ++i) {
+      const int64_t c = static_cast<int64_t>(i) / area % s.channels, centre = s.kernel * s.kernel / 2;
+      const double m = w[(c * s.channels + c) * s.kernel * s.kernel + centre];
+      double grown[2];
+      for (int end = 0; end < 2; ++end) {
+        const double t = slope(u[i] + (end ? change[i] : -change[i]), Problem::kNegativeSlope);
+        grown[end] = std::fabs(1 + Problem::kStep * t * m) * radius[i] +
+                     Problem::kStep * t * (change[i] - std::fabs(m) * radius[i]);
+      }
+      radius[i] = std::fmax(grown[0], grown[1]);
+    }
+  }
+  return radius;
+}
+
+template <class T>
+void check_bound(const rnf::Kernels& kernels, const Problem& p, bool channels_last, const rnf::Parallel& parallel) {
+  const Order order{p.s, channels_last};
+  std::vector<double> radius = random_values(p.size(), 0.1);
+  for (double& r : radius) r = std::fabs(r);
+  Array<T> input(p.size(), false), box(p.size(), true), centre(p.size(), true), bound(p.size(), false);
+  for (int64_t i = 0; i < p.size(); ++i) {
+    input[order(i)] = static_cast<T>(p.input[i]);
+    box[order(i)] = static_cast<T>(radius[i]);
+  }
+  const std::vector<T> weight(p.weight.begin(), p.weight.end()), bias(p.bias.begin(), p.bias.end());
+  kernels.of<T>().flow_bound(
+      {p.s, Problem::kStep, Problem::kNegativeSlope, order.view<const T>(input.data()), order.view<const T>(box.data()),
+       weight.data(), bias.empty() ? nullptr : bias.data(), order.view(centre.data()), order.view(bound.data())},
+      parallel);
+  const std::vector<double> exact = exact_bound(p, radius);
+  const double tolerance = sizeof(T) == 4 ? 1e-3 : 1e-11;
+  for (int64_t i = 0; i < p.size(); ++i) {
+    const double z = static_cast<double>(centre[order(i)]), r = static_cast<double>(bound[order(i)]);
+    const double error = std::fabs(z - p.exact.states.back()[i]);
+    expect(error <= r, "centre of a bound", kernels.name, p.s, error, r);
+    expect(r >= exact[i] && r <= (exact[i] + 0.01) * (1 + tolerance), "bound", kernels.name, p.s, r, exact[i]);
+  }
+}
+
+// The first layer's: from one channel, whose weights are the first of each output's, to all.
+template <class T>
+void check_convolution_bound(const rnf::Kernels& kernels, const Problem& p, const rnf::Parallel& parallel) {
+  rnf::FlowShape one = p.s;
+  one.channels = 1;
+  const int64_t area = p.s.height * p.s.width, taps = p.s.kernel * p.s.kernel, border = p.s.kernel / 2;
+  const Order to{p.s, false}, from{one, true};
+  Array<T> input(p.s.batch * area, true), box(p.s.batch * area, false, T(0.25));
+  for (int64_t i = 0; i < input.size(); ++i) input[i] = static_cast<T>(p.input[i]);
+  const std::vector<T> weight(p.weight.begin(), p.weight.begin() + p.s.channels * taps);
+  Array<T> centre(p.size(), false), bound(p.size(), true);
+  kernels.of<T>().convolution_bound(
+      {p.s.batch, 1, p.s.channels, p.s.height, p.s.width, p.s.kernel, 0.125, from.view<const T>(input.data()),
+       from.view<const T>(box.data()), weight.data(), nullptr, to.view(centre.data()), to.view(bound.data())},
+      parallel);
+  for (int64_t n = 0; n < p.s.batch * p.s.channels; ++n)
+    for (int64_t i = 0; i < area; ++i) {
+      double u = 0, change = 0;
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        const int64_t y = i / p.s.width + tap / p.s.kernel - border, x = i % p.s.width + tap % p.s.kernel - border;
+        if (y < 0 || x < 0 || y >= p.s.height || x >= p.s.width) continue;
+        const double w = p.weight[n % p.s.channels * taps + tap];
+        u += w * static_cast<double>(input[n / p.s.channels * area + y * p.s.width + x]);
+        change += 0.25 * std::fabs(w);
+      }
+      const double z = activate(u, 0.125), exact = activate(u + change, 0.125) - z;
+      const double r = static_cast<double>(bound[n * area + i]), error = static_cast<double>(centre[n * area + i]) - z;
+      expect(std::fabs(error) <= r, "centre of a first layer's bound", kernels.name, p.s, error, r);
+      expect(r >= exact && r <= exact + (sizeof(T) == 4 ? 1e-4 : 1e-12) * (1 + std::fabs(u)), "first layer's bound",
+             kernels.name, p.s, r, exact);
+    }
+}
+
 template <class T>
 void check_activation(const rnf::Kernels& kernels, int64_t count, const rnf::Parallel& parallel) {
   Array<T> u(count, false);
@@ -657,6 +745,12 @@ int main() {
         check_flow<float>(*sets[set], p, last, i % 2, wanted, variant ? kTwo : kOne);
         if (shapes[i].layout == L::best || shapes[i].layout == L::planes)
           check_flow<double>(*sets[set], p, !last, i % 2, wanted, variant ? kOne : kTwo);
+        if (i < std::size(direct)) {
+          check_bound<float>(*sets[set], p, last, variant ? kTwo : kOne);
+          check_bound<double>(*sets[set], p, !last, variant ? kOne : kTwo);
+          check_convolution_bound<float>(*sets[set], p, variant ? kOne : kTwo);
+          check_convolution_bound<double>(*sets[set], p, variant ? kTwo : kOne);
+        }
       }
     }
   for (const rnf::Kernels* kernels : sets) {

@@ -1,0 +1,111 @@
+"""A network as the list of its layers, which every bound walks through; what a certificate asks of its arguments."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from robust_node_fast import _checks
+
+# Of a network's own arithmetic in float64, relative to its logits: far above what its sums can lose (docstring of
+# interval.py), far below any margin that matters.
+ROUNDING = 1e-9
+
+_COMPARED = 32  # samples on which the layers are compared with the model
+
+
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """The layers whose composition is ``model.forward``, the linear head last.
+
+    ``nn.Sequential`` and modules with ``layers()`` are taken apart, also inside one another.
+
+    Raises:
+        TypeError: the model does not say what its layers are.
+        ValueError: the last one is no ``nn.Linear``.
+    """
+    layers = _flattened(model)
+    if layers == [model]:
+        raise TypeError(
+            f"model is a {type(model).__name__}, expected an nn.Sequential or a module with layers(), the list of "
+            "layers whose composition is its forward"
+        )
+    if not layers or not isinstance(layers[-1], nn.Linear):
+        raise ValueError("model does not end with an nn.Linear, expected a linear head")
+    return layers
+
+
+def _flattened(module: nn.Module) -> list[nn.Module]:
+    if isinstance(module, nn.Sequential):
+        return [layer for child in module for layer in _flattened(child)]
+    layers = getattr(module, "layers", None)
+    if callable(layers):
+        return [layer for child in layers() for layer in _flattened(child)]
+    return [module]
+
+
+def in_float64(model: nn.Module) -> nn.Module:
+    """A copy of the model in float64, for a certificate whose rounding errors do not count.
+
+    Raises:
+        TypeError: the model is no module.
+        ValueError: it is in training mode, or a parameter or buffer is not finite.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}, expected an nn.Module")
+    if any(module.training for module in model.modules()):
+        raise ValueError("model is in training mode, expected model.eval(): a certificate is about what is deployed")
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise ValueError(f"model's {name} is not finite, expected finite weights")
+    return copy.deepcopy(model).double().requires_grad_(False)
+
+
+def samples(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """``x`` and ``y``, checked.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and what was expected.
+    """
+    _checks.tensor("x", x)
+    if not isinstance(y, Tensor) or y.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"y is {y!r:.60}, expected an integer tensor of labels")
+    if y.dim() != 1 or x.dim() < 2 or len(y) != len(x):
+        raise ValueError(
+            f"y has shape {tuple(y.shape)}, x {tuple(x.shape)}, expected (B,) and (B, ...): one label for each sample"
+        )
+    if not x.isfinite().all():
+        raise ValueError("x is not finite, expected finite samples")
+    head = layers_of(model)[-1]
+    assert isinstance(head, nn.Linear)
+    if len(y) and not (int(y.min()) >= 0 and int(y.max()) < head.out_features):
+        raise ValueError(
+            f"y lies in [{int(y.min())}, {int(y.max())}], expected labels from 0 to {head.out_features - 1}"
+        )
+    return x, y.long()
+
+
+def same_function(model: nn.Module, x: Tensor) -> None:
+    """That the layers compute what the model does: a certificate about another function would be worthless.
+
+    Raises:
+        ValueError: they do not, for the first samples of ``x``.
+    """
+    x = x[:_COMPARED].double()
+    if len(x) == 0:
+        return
+    deployed = model(x)
+    composed = x
+    for layer in layers_of(model):
+        composed = layer(composed)
+    if deployed.shape != composed.shape or not torch.allclose(
+        deployed, composed, rtol=1e-6, atol=1e-6 * (1.0 + deployed.abs().max().item())
+    ):
+        raise ValueError("model.layers() does not compute what model.forward() does: no certificate is possible")
+
+
+def margins(logits: Tensor, y: Tensor) -> Tensor:
+    """``f_y - f_j`` for all classes j, ``inf`` at ``j = y``: ``(B, K)``."""
+    margin = logits.gather(1, y[:, None]) - logits
+    return margin.scatter(1, y[:, None], torch.inf)
