@@ -154,6 +154,18 @@ def test_gradients_of_a_trajectory_and_of_what_was_saved(mask: tuple[bool, ...],
     assert_all_close(found, truth, TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_state_of_a_single_step_may_be_its_input(dtype: torch.dtype) -> None:
+    """Contiguous where what is saved would be channels last, and not in the dtype of what is saved."""
+    input, (weight, bias) = random_state((2, 17, 4, 6), dtype=dtype), random_filters(17, 3, 1, True, dtype)
+    _, _, slopes = run("euler_conv_flow_saving", input, weight, bias, *FLOW, 1, False)
+    grad_output = torch.randn(2, 17, 4, 6).to(dtype)
+    arguments = (*FLOW, 1, False, (True, True, True))
+    found = run("euler_conv_flow_backward", grad_output, input, weight, bias, *arguments, input[None], slopes)
+    truth = reference.euler_conv_flow_backward(*exact([grad_output, input, weight, bias]), *arguments)
+    assert_all_close(found, truth, TOLERANCE[dtype])
+
+
 def test_slopes_without_states_give_no_weight_gradient() -> None:
     input = random_state((1, 2, 3, 3))
     weight, bias = random_filters(2, 3, 1, True)
