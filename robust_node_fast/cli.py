@@ -22,6 +22,7 @@ from rich.table import Table
 from torch import nn
 
 from robust_node_fast import _backends, data, robustness, training
+from robust_node_fast import reproduce as reproduction
 from robust_node_fast.certify import Summary, linf_certified, summarise
 from robust_node_fast.training import Outcome, TrainConfig
 
@@ -223,7 +224,7 @@ def _progress(task: str, total: int) -> Iterator[Callable[[int, str], None]]:
 def fit_with_progress(folder: Path, dataset: data.Dataset, *, tensorboard: bool = False) -> Outcome:
     """``training.fit`` under a progress bar on stderr."""
     config = training.load_config(folder)
-    steps = config.epochs * -(-len(dataset.train_labels) // config.batch_size)
+    steps = config.epochs * -(-len(dataset.train_labels[: config.train_samples]) // config.batch_size)
     with _progress(f"train {config.network}", steps) as update:
         return training.fit(
             folder,
@@ -394,6 +395,76 @@ def _print_certificates(title: str, found: Summary) -> None:
     for quantile, radius in found.radius_quantiles.items():
         table.add_row(f"radius, {quantile:.0%} quantile", f"{radius:.4g}")
     out.print(table)
+
+
+@app.command()
+@_reported
+def reproduce(
+    paper: Annotated[Literal["cnode"], typer.Argument(help="cnode: arXiv 2508.11432, contractive Neural ODEs.")],
+    *,
+    dataset: Annotated[Literal["digits", "mnist", "fashionmnist"], typer.Option(help="Data set.")] = "mnist",
+    seeds: Annotated[int, typer.Option(min=1, help="Number of training seeds.")] = 3,
+    only: Annotated[
+        str,
+        typer.Option(help="Only rows whose name contains this: grid/, rho/, grid/identity, ...", show_default="all"),
+    ] = "",
+    epochs: Annotated[
+        int | None, typer.Option(help="Passes over the training set.", show_default="the recipe's")
+    ] = None,
+    train_samples: Annotated[int | None, typer.Option(help="First training images.", show_default="all")] = None,
+    attack_samples: Annotated[
+        int | None,
+        typer.Option(min=1, help="First test images, for attacks only; all else takes all.", show_default="all"),
+    ] = None,
+    out_folder: Annotated[
+        Path | None, typer.Option("--out", help="Folder for everything.", show_default="runs/reproduce-<dataset>")
+    ] = None,
+    data_root: Annotated[
+        Path | None, typer.Option(help=TrainConfig.__dataclass_fields__["data_root"].metadata["help"])
+    ] = None,
+    backend: Backend = None,
+) -> None:
+    """Train and evaluate what a paper compares, cell by cell, and put it side by side: summary.md, .csv, pictures.
+
+    Stopped or killed, the same command goes on where it was: finished cells are files that are not computed again.
+    """
+    budget = {"epochs": epochs, "train_samples": train_samples}
+    given = {name: value for name, value in budget.items() if value is not None}
+    try:
+        cells = reproduction.cells(dataset, seeds=seeds, only=only, attack_samples=attack_samples, **given)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    _choose(backend)
+    images = data.load(dataset, data_root)
+    folder = out_folder or Path("runs") / f"reproduce-{dataset}"
+    with training.writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()  # before minutes of work rather than after them
+    rows: dict[str, list[reproduction.Stored]] = {}
+    with _progress("reproduce", len(cells)) as update:
+        for done, cell in enumerate(cells):
+            result = reproduction.stored(cell, folder)
+            if result is None:
+                on_progress = functools.partial(update, done)
+                try:
+                    result = reproduction.compute(cell, folder, images, on_progress=on_progress)
+                except (training.Interrupted, KeyboardInterrupt) as stopped:
+                    number = stopped.signal if isinstance(stopped, training.Interrupted) else signal.SIGINT
+                    _fail(f"{str(stopped) or 'stopped by SIGINT'}; the same command goes on", 128 + number)
+                except ValueError as error:
+                    _fail(f"{cell.label} cannot be evaluated: {error}", 1)
+                seconds = sum(result.seconds.values())
+                _say(f"{done + 1} of {len(cells)}: {cell.label}, {seconds:.0f} s, {result.report.verdict}")
+            rows.setdefault(cell.row, []).append(result)
+            update(done + 1, cell.label)
+    written = reproduction.write(rows, folder, f"{paper} on {dataset}")
+    for part, members in reproduction.by_part(rows).items():
+        headings, *lines = reproduction.table(members)
+        shown = Table(*headings, title=f"{part}, {dataset}")
+        for line in lines:
+            shown.add_row(*line)
+        out.print(shown)
+    _say(f"wrote {', '.join(map(str, written))}")
 
 
 @app.command()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from robust_node_fast import _checks
 from robust_node_fast._version import __version__
 from robust_node_fast.robustness import auto_attack, checks
-from robust_node_fast.robustness._inputs import check_batch, check_model, check_radius, predict
+from robust_node_fast.robustness._inputs import check_batch, check_count, check_model, check_radius, predict
 from robust_node_fast.robustness.report import Check, Example, Report, Result
 from robust_node_fast.robustness.suite import BALLS, SUITES, Attack, transferred
 
@@ -38,7 +38,7 @@ class _Test:
 
     def __post_init__(self) -> None:
         self.generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
-        self.correct = [0] * len(self.seeds)
+        self.correct, self.seen = [0] * len(self.seeds), [0] * len(self.seeds)
 
     def classify(self, model: nn.Module, images: Tensor, labels: Tensor, seed: int = 0) -> Tensor:
         """Which images ``(B,)`` the model gets right; counted."""
@@ -46,18 +46,20 @@ class _Test:
         if self.shown and self.example is None:
             few = slice(SHOWN)
             classes = tuple(labels[few].tolist()), tuple(predicted[few].tolist())
-            self.example = Example(self.result(1).label, images[few].cpu(), *classes)
+            self.example = Example(self.result().label, images[few].cpu(), *classes)
         return self.count(predicted == labels, seed)
 
     def count(self, right: Tensor, seed: int = 0) -> Tensor:
         self.correct[seed] += int(right.sum())
+        self.seen[seed] += len(right)
         return right
 
-    def accuracy(self, n_samples: int) -> float:
-        return self.result(n_samples).mean
+    @property
+    def accuracy(self) -> float:
+        return self.result().mean
 
-    def result(self, n_samples: int) -> Result:
-        per_seed = tuple(correct / n_samples for correct in self.correct)
+    def result(self) -> Result:
+        per_seed = tuple(correct / max(1, seen) for correct, seen in zip(self.correct, self.seen, strict=True))
         return Result(self.name, self.strength, per_seed, self.settings, self.measure)
 
 
@@ -73,11 +75,15 @@ class _Ball:
         ]
         self.worst = _Test("worst case", eps, measure)
         self.certified = _Test("certified", eps, measure)
-        self.iterative, self.white = _Test("iterative"), _Test("white box")  # for the checks only
-        self.broken = 0  # certified images that fell
+        # For the checks only: on the attacked images, which may be fewer than all.
+        self.clean, self.iterative, self.white = _Test("clean"), _Test("iterative"), _Test("white box")
+        self.tried = self.broken = 0  # certified images that were attacked, and those that fell
 
     def run(self, model: nn.Module, images: Tensor, labels: Tensor, unharmed: Tensor) -> Tensor:
-        """Which images survive everything."""
+        """Which images survive everything; ``unharmed`` says which are classified rightly."""
+        if not len(labels):
+            return unharmed
+        self.clean.count(unharmed)
         survives, iterative, white = unharmed, torch.ones_like(unharmed), torch.ones_like(unharmed)
         for attack, test in self.attacks:
             attacked = attack.run(attack.source or model, images, labels, self.eps, test.generators[0])
@@ -92,20 +98,23 @@ class _Ball:
         return self.worst.count(survives)
 
     def certify(self, certified: Tensor, survives: Tensor) -> None:
+        """``survives`` may hold fewer images: the first."""
         self.certified.count(certified)
-        self.broken += int((certified & ~survives).sum())
+        tried = certified[: len(survives)]
+        self.tried += int(tried.sum())
+        self.broken += int((tried & ~survives).sum())
 
     def tests(self, certify: Certify | None) -> list[_Test]:
         certified = [] if certify is None or self.norm != "inf" else [self.certified]
         return [*(test for _, test in self.attacks), self.worst, *certified]
 
-    def checks(self, clean: float, n_samples: int, certify: Certify | None) -> Iterator[Check]:
-        (single,) = (test.accuracy(n_samples) for attack, test in self.attacks if attack.kind == "single step")
-        black = {attack.name: test.accuracy(n_samples) for attack, test in self.attacks if attack.kind == "black box"}
-        name, iterative = f"{BALLS[self.norm]} {self.eps:g}", self.iterative.accuracy(n_samples)
-        yield from checks.order(name, clean, single, iterative, self.white.accuracy(n_samples), black)
+    def checks(self, certify: Certify | None) -> Iterator[Check]:
+        (single,) = (test.accuracy for attack, test in self.attacks if attack.kind == "single step")
+        black = {attack.name: test.accuracy for attack, test in self.attacks if attack.kind == "black box"}
+        name = f"{BALLS[self.norm]} {self.eps:g}"
+        yield from checks.order(name, self.clean.accuracy, single, self.iterative.accuracy, self.white.accuracy, black)
         if self.certified in self.tests(certify):
-            detail = f"{self.broken} of {self.certified.correct[0]} certified images fall to an attack"
+            detail = f"{self.broken} of {self.tried} certified images fall to an attack"
             yield Check(f"certified <= attacked for every image at {name}", not self.broken, detail)
 
 
@@ -119,6 +128,7 @@ def evaluate(
     seeds: Sequence[int] = (0, 1, 2),
     sources: Mapping[str, nn.Module] | None = None,
     certify: Certify | None = None,
+    attack_samples: int | None = None,
     batch_size: int = 128,
     on_batch: Callable[[int], None] | None = None,
 ) -> Report:
@@ -146,13 +156,16 @@ def evaluate(
             shown to ``model`` (transfer).
         certify: ``certify(model, images, labels, eps) -> (B,) bool``, true only where no image in the l_inf ball is
             classified otherwise (``rnf.certify.linf_certified``): reported, and checked against every attack.
+        attack_samples: attacks take the first so many images, which the report says; noise and certificates take all.
+            None: attacks do, too.
         batch_size: of a pair of tensors; batches are taken as they come.
         on_batch: called after every batch with the number of images done.
 
     Raises:
         TypeError, ValueError: ``model`` or a source is in training mode or has weights that are not finite; ``data`` is
             empty, its images and labels do not fit, are not finite or out of [0, 1], or a label is no class of the
-            model; a radius is negative; ``seeds`` is empty; unknown ``suite``; logits are not finite.
+            model; a radius is negative; ``seeds`` is empty; ``attack_samples`` is less than 1; unknown ``suite``; logits
+            are not finite.
     """
     _checks.choice("suite", suite, tuple(SUITES))
     chosen, sources = SUITES[suite], sources or {}
@@ -164,6 +177,8 @@ def evaluate(
         raise ValueError("eps is empty, expected at least one radius")
     if not seeds:
         raise ValueError("seeds is empty, expected at least one seed")
+    if attack_samples is not None:
+        check_count("attack_samples", attack_samples)
     attacks = [attack for attack in (*chosen.attacks, *transferred(chosen, sources)) if radii[attack.norm]]
     notes = []
     if not auto_attack.available() and any(attack.kind == "AutoAttack" for attack in attacks):
@@ -190,8 +205,9 @@ def evaluate(
         for noise, test in noises:
             for k, generator in enumerate(test.generators):
                 test.classify(model, noise.apply(images, test.strength, generator), labels, k)
+        few = slice(None if attack_samples is None else max(0, attack_samples - n_samples))
         for ball in balls:
-            survives = ball.run(model, images, labels, unharmed)
+            survives = ball.run(model, images[few], labels[few], unharmed[few])
             if certify is not None and ball.norm == "inf":
                 ball.certify(_certified(certify, model, images, labels, ball.eps), survives)
         if n_samples < checks.PROBE:
@@ -204,9 +220,11 @@ def evaluate(
 
     first_images, first_labels = (torch.cat(tensors) for tensors in zip(*probe, strict=True))
     ours = [attack for attack in attacks if attack.kind != "AutoAttack"]
-    found = [check for ball in balls for check in ball.checks(clean.accuracy(n_samples), n_samples, certify)]
+    found = [check for ball in balls for check in ball.checks(certify)]
     found.append(checks.at_zero(model, ours, first_images, first_labels))
     found += checks.at_large_radius(model, ours, first_images, first_labels)
+    if attack_samples is not None and attack_samples < n_samples:
+        notes.append(f"Attacks ran on the first {attack_samples} of {n_samples} images.")
     tests = [clean, *(test for _, test in noises), *(test for ball in balls for test in ball.tests(certify))]
     settings = {
         "eps": radii["inf"],
@@ -220,7 +238,7 @@ def evaluate(
     return Report(
         suite,
         n_samples,
-        results=tuple(test.result(n_samples) for test in tests),
+        results=tuple(test.result() for test in tests),
         checks=tuple(found),
         settings=settings,
         notes=tuple(notes),
