@@ -731,6 +731,35 @@ def test_mean_and_spread() -> None:
     assert robustness.Result("clean", 0.0, (0.5,), {}).std == 0.0
 
 
+def test_a_report_is_read_back(report: robustness.Report) -> None:
+    again = robustness.Report.from_json(report.to_json())
+    assert again == report
+    assert again.to_markdown() == report.to_markdown()
+    assert again.examples == ()
+
+
+@pytest.mark.parametrize("attack_samples", [1, 30, 50, 70])
+def test_attacks_of_the_first_images_only(attack_samples: int, trained: nn.Module, digits: data.Dataset) -> None:
+    images, labels = digits.test_images[:60], digits.test_labels[:60]
+
+    def certify(model: nn.Module, images: Tensor, labels: Tensor, eps: float) -> Tensor:
+        return torch.zeros_like(labels, dtype=torch.bool)
+
+    def found(n: int, attacked: int | None) -> robustness.Report:
+        pair = (images[:n], labels[:n])
+        return robustness.evaluate(
+            trained, pair, suite="quick", eps=0.1, certify=certify, attack_samples=attacked, batch_size=20
+        )
+
+    few, alone, whole = found(60, attack_samples), found(min(60, attack_samples), None), found(60, None)
+    for name, strength in (("clean", 0.0), ("gaussian", 0.2), ("certified", 0.1)):
+        assert few.accuracy(name, strength) == whole.accuracy(name, strength)
+    for name in ("fgsm", "worst case"):
+        assert few.accuracy(name, 0.1) == alone.accuracy(name, 0.1)  # PGD starts elsewhere: other batches
+    said = [note for note in few.notes if note.startswith("Attacks ran on")]
+    assert said == ([] if attack_samples > 60 else [f"Attacks ran on the first {attack_samples} of 60 images."])
+
+
 def test_report_formats(report: robustness.Report, trained: models.MNISTNode, tmp_path: Path) -> None:
     table = report.to_markdown()
     for result in report.results:

@@ -1,7 +1,7 @@
 """What is trained and compared, as data: rows, and one cell for each of their seeds.
 
-A penalty and an initialisation are easily taken for one another (the authors' code gives its contractive network another
-start as well), so the first part is a full grid of the two. The other parts vary one setting of it each.
+A penalty and an initialisation are easily taken for one another (the authors' code gives its contractive network
+another start as well), so the first part is a full grid of the two. The other parts vary one setting of it each.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def _rows() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _partner(changes: dict[str, Any]) -> dict[str, Any]:
-    """The network on the other side of the penalty (the paper's, where it is the one with it): same start, same steps."""
+    """The network on the other side of the penalty (the paper's, if it is to have one): same start, same steps."""
     same = {name: changes[name] for name in ("init", "step_size", "n_steps") if name in changes}
     return {**same, "network": "contractive" if changes.get("network") == "vanilla" else "vanilla"}
 

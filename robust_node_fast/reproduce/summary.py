@@ -106,14 +106,12 @@ def _markdown(rows: Rows, title: str, pictures: Sequence[str]) -> str:
     lines = [
         f"# {title}",
         "",
-        f"Accuracy in %, {first[0].report.n_samples} test images, mean and standard deviation over {len(first)} seeds of "
-        "training. Attacks by their l_inf radius; transfer: PGD found on the network of the same start and seed on the "
-        "other side of the penalty; certified: bound E. Rate: the smallest over the Euler steps that the filters "
-        "guarantee, in the norm of the row's penalty; penalty: at the rate asked for. Seconds: training and evaluation.",
+        f"Accuracy in %, {first[0].report.n_samples} test images, mean and standard deviation over {len(first)} "
+        "training seeds. Attacks by their l_inf radius; transfer: PGD found on the network of the same start and seed on "
+        "the other side of the penalty; certified: bound E. Rate: the smallest over the Euler steps that the filters "
+        "guarantee, in the norm of the row's penalty; penalty: at the rate asked for. Seconds: to train and evaluate.",
     ]
-    lines += [
-        line for note in dict.fromkeys(note for cell in first for note in cell.report.notes) for line in ("", note)
-    ]
+    lines += [line for note in first[0].report.notes for line in ("", note)]
     for part, members in by_part(rows).items():
         headings, *body = table(members)
         lines += ["", f"## {part}", ""]

@@ -164,8 +164,8 @@ def evaluate(
     Raises:
         TypeError, ValueError: ``model`` or a source is in training mode or has weights that are not finite; ``data`` is
             empty, its images and labels do not fit, are not finite or out of [0, 1], or a label is no class of the
-            model; a radius is negative; ``seeds`` is empty; ``attack_samples`` is less than 1; unknown ``suite``; logits
-            are not finite.
+            model; a radius is negative; ``seeds`` is empty; ``attack_samples`` is less than 1; unknown ``suite``;
+            logits are not finite.
     """
     _checks.choice("suite", suite, tuple(SUITES))
     chosen, sources = SUITES[suite], sources or {}

@@ -45,8 +45,8 @@ class TrainConfig:
     step_size: float | None = _field(None, "Euler step h; else the model's own.")
     init: Literal["centered", "default", "identity", "authors"] = _field(
         "centered",
-        "Start: default (PyTorch's, as in the paper), centered (also nn.center_bias_: black stays zero), identity (also "
-        "nn.contractive_init_: the rate with equality) or authors (also nn.authors_init_: -5 * eye(3) as every filter).",
+        "Start: default (PyTorch's, as in the paper); centered (biases by nn.center_bias_: black stays zero); identity "
+        "(filters by nn.contractive_init_: the rate with equality); authors (by nn.authors_init_: -5 * eye(3) each).",
     )
     seed: int = _field(0, "Seed of the initial weights, the data order and dropout.")
     train_samples: int | None = _field(None, "First training images; else all.")
@@ -72,7 +72,7 @@ class TrainConfig:
     penalty_weight: float = _field(1.0, "Weight of the penalty beside the cross-entropy.")
     regularizer: Literal["filters", "jacobian"] = _field(
         "filters",
-        "What the penalty looks at: the filters, or the Jacobian (norm 2) at the states of the first images of a batch.",
+        "What the penalty looks at: the filters, or the Jacobian (norm 2) at states of a batch's first 8 images.",
     )
     checkpoint_every: int = _field(200, "Steps between checkpoints (one more after every epoch).")
     device: str = _field("cpu", "Device to train on.")
