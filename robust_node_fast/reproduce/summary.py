@@ -107,8 +107,8 @@ def _markdown(rows: Rows, title: str, pictures: Sequence[str]) -> str:
         f"# {title}",
         "",
         f"Accuracy in %, {first[0].report.n_samples} test images, mean and standard deviation over {len(first)} "
-        "training seeds. Attacks by their l_inf radius; transfer: PGD found on the network of the same start and seed on "
-        "the other side of the penalty; certified: bound E. Rate: the smallest over the Euler steps that the filters "
+        "training seeds. Attacks by their l_inf radius; transfer: PGD found on the network of the same start and seed "
+        "on the other side of the penalty; certified: bound E. Rate: the least over the Euler steps that the filters "
         "guarantee, in the norm of the row's penalty; penalty: at the rate asked for. Seconds: to train and evaluate.",
     ]
     lines += [line for note in first[0].report.notes for line in ("", note)]
