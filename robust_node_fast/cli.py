@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, get_type_hints
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -459,8 +460,11 @@ def reproduce(
             update(done + 1, cell.label)
     written = reproduction.write(rows, folder, f"{paper} on {dataset}")
     for part, members in reproduction.by_part(rows).items():
-        headings, *lines = reproduction.table(members)
-        shown = Table(*headings, title=f"{part}, {dataset}")
+        (first, *others), *lines = reproduction.table(members, spread=False)
+        shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, title=f"{part}, {dataset}")
+        shown.add_column(first, no_wrap=True)
+        for heading in others:
+            shown.add_column(heading, justify="right")
         for line in lines:
             shown.add_row(*line)
         out.print(shown)

@@ -109,9 +109,8 @@ def cells(
 
 def _rows() -> Iterator[tuple[str, dict[str, Any]]]:
     """Name and settings of every row."""
-    vanilla = {"network": "vanilla"}
     for init in INITS:
-        yield f"grid/{init}/none", {"init": init, **vanilla}
+        yield f"grid/{init}/none", {"init": init, "network": "vanilla"}
         for norm in NORMS:
             yield f"grid/{init}/{norm}", {"init": init, "norm": norm}
     for init in ("default", "identity"):
@@ -119,9 +118,9 @@ def _rows() -> Iterator[tuple[str, dict[str, Any]]]:
             yield f"rho/{init}/{rate:g}", {"init": init, "rate": rate}
     for weight in WEIGHTS:
         yield f"gamma/{weight:g}", {"init": "default", "penalty_weight": weight}
-    for penalty, network in (("none", vanilla), ("2", {})):
+    for penalty, network in (("none", "vanilla"), ("2", "contractive")):
         for step_size, n_steps in STEPS:
-            changes = {"init": "default", "step_size": step_size, "n_steps": n_steps, **network}
+            changes = {"init": "default", "network": network, "step_size": step_size, "n_steps": n_steps}
             yield f"steps/{penalty}/h {step_size:g}, N {n_steps}", changes
     yield "jacobian/default", {"init": "default", "regularizer": "jacobian"}
 

@@ -38,7 +38,7 @@ FIELDS = ("init", "network", "regularizer", "norm", "rate", "penalty_weight", "s
 DRAWN = ("clean", "gaussian", "salt_and_pepper", "pgd", "certified")
 
 
-def by_part(rows: Rows) -> dict[str, Rows]:
+def by_part(rows: Rows) -> Mapping[str, Rows]:
     """The rows of "grid", of "rho", ..."""
     parts: dict[str, dict[str, Sequence[Stored]]] = {}
     for row, cells in rows.items():
@@ -46,13 +46,13 @@ def by_part(rows: Rows) -> dict[str, Rows]:
     return parts
 
 
-def table(rows: Rows) -> list[list[str]]:
-    """Headings, then a line for every row: accuracies in %, mean and standard deviation over its seeds."""
+def table(rows: Rows, *, spread: bool) -> list[list[str]]:
+    """Headings, then a line for every row: accuracies in %, means over its seeds (and their standard deviation)."""
     lines = [["row", *(heading for heading, _, _ in COLUMNS), "rate", "penalty", "seconds"]]
     for row, cells in rows.items():
         report = _merged(cells)
         accuracies = [
-            f"{100 * result.mean:.1f}" + (f" ± {100 * result.std:.1f}" if len(cells) > 1 else "")
+            f"{100 * result.mean:.1f}" + (f" ± {100 * result.std:.1f}" if spread and len(cells) > 1 else "")
             for _, name, strength in COLUMNS
             for result in report.results
             if result.strength == strength and _is(result.name, name)
@@ -113,7 +113,7 @@ def _markdown(rows: Rows, title: str, pictures: Sequence[str]) -> str:
     ]
     lines += [line for note in first[0].report.notes for line in ("", note)]
     for part, members in by_part(rows).items():
-        headings, *body = table(members)
+        headings, *body = table(members, spread=True)
         lines += ["", f"## {part}", ""]
         lines += [f"| {' | '.join(line)} |" for line in (headings, ["---"] * len(headings), *body)]
         lines += [f"\n**{row}: {_merged(cells).verdict}**" for row, cells in members.items() if not _reliable(cells)]
