@@ -116,13 +116,10 @@ def _markdown(rows: Rows, title: str, pictures: Sequence[str]) -> str:
         headings, *body = table(members, spread=True)
         lines += ["", f"## {part}", ""]
         lines += [f"| {' | '.join(line)} |" for line in (headings, ["---"] * len(headings), *body)]
-        lines += [f"\n**{row}: {_merged(cells).verdict}**" for row, cells in members.items() if not _reliable(cells)]
+        reports = {row: _merged(cells) for row, cells in members.items()}
+        lines += [f"\n**{row}: {report.verdict}**" for row, report in reports.items() if not report.reliable]
     lines += ["", *(f"![{picture}]({picture})" for picture in pictures)]
     return "\n".join(lines) + "\n"
-
-
-def _reliable(cells: Sequence[Stored]) -> bool:
-    return all(cell.report.reliable for cell in cells)
 
 
 def _csv(rows: Rows) -> str:
