@@ -132,9 +132,9 @@ def test_jacobian_regulariser_slows_the_expansion(tmp_path: Path) -> None:
         config = TrainConfig.recipe(
             "digits",
             regularizer="jacobian",
-            n_steps=2,
-            epochs=2,
-            train_samples=300,
+            n_steps=1,
+            epochs=1,
+            train_samples=256,
             penalty_weight=weight,
             init="default",
         )
