@@ -127,7 +127,7 @@ def _rows() -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _partner(changes: dict[str, Any]) -> dict[str, Any]:
     """The network on the other side of the penalty (the paper's, if it is to have one): same start, same steps."""
-    same = {name: changes[name] for name in ("init", "step_size", "n_steps") if name in changes}
+    same: dict[str, Any] = {name: changes[name] for name in ("init", "step_size", "n_steps") if name in changes}
     return {**same, "network": "contractive" if changes.get("network") == "vanilla" else "vanilla"}
 
 
