@@ -217,6 +217,8 @@ def euler_conv_flow_backward(
     grad_bias = weight.new_empty(weight.shape[:-3]) if output_mask[2] else None
     if any(output_mask):
         input, grad_output = _addressable(input), _addressable(grad_output)
+        if states is not None:  # a single step's are its input
+            states = _addressable(states.to(_layout.saved_dtype(input.dtype)))
         weight, filters = _dense("weight", weight, input)
         bias, biases = (None, None) if bias is None else _dense("bias", bias, input)
         _library().flow_backward(

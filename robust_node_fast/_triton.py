@@ -357,7 +357,8 @@ def euler_conv_flow_backward(
     sums = _FilterGradients(v, weight, wants_weight, wants_bias)
     filters = _packed_transposed(weight)
     for k in reversed(range(n_steps)):
-        sums.add(k, states[k].to(input.dtype) if wants_weight and states is not None else None, v)
+        state = states[k].to(input.dtype) if wants_weight and states is not None else None
+        sums.add(k, state if state is None or _usable(state) else _dense_like(state, v), v)
         if input.numel() == 0 or (k == 0 and not wants_input):
             continue
         below, v_below = (next(grads), next(others)) if k else (last, None)

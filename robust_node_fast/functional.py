@@ -159,7 +159,8 @@ def _check_radius(input: Tensor, radius: Tensor) -> None:
     if radius.shape != input.shape:
         raise ValueError(f"radius has shape {tuple(radius.shape)}, expected {tuple(input.shape)} as input")
     _checks.same_kind("radius", radius, input)
-    if not torch.compiler.is_compiling() and radius.numel() and bool(radius.amin() < 0):
+    seen = not torch.compiler.is_compiling() and not _transformed()  # else there is no value to look at
+    if seen and radius.numel() and bool(radius.amin() < 0):
         raise ValueError("radius has negative numbers, expected a radius >= 0")
 
 

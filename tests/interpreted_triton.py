@@ -107,6 +107,8 @@ def test_elements_further_apart_than_32_bits_can_count(tmp_path: Path) -> None:
     arguments = (*FLOW, 2, False, (True, True, True))
     grads = run("euler_conv_flow_backward", input, input, weight, bias, *arguments)
     assert_all_close(grads, reference.euler_conv_flow_backward(wide[0], *wide, *arguments), TOLERANCE[input.dtype])
+    assert bias is not None
+    check_gradients_from_the_input(input, weight[:1], bias[:1])
 
 
 @pytest.mark.parametrize("shape", [(2**20, 1, 64, 32), (1, 2**11, 2**10, 2**10)])
@@ -152,6 +154,26 @@ def test_gradients_of_a_trajectory_and_of_what_was_saved(mask: tuple[bool, ...],
     found = run("euler_conv_flow_backward", grad_output, input, weight, bias, *arguments, *kept)
     truth = reference.euler_conv_flow_backward(*exact([grad_output, input, weight, bias]), *arguments)
     assert_all_close(found, truth, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("channels", [16, 17])
+def test_the_state_of_a_single_step_may_be_its_input(channels: int, dtype: torch.dtype) -> None:
+    """Contiguous where what is saved would be channels last, and not in the dtype of what is saved."""
+    input, (weight, bias) = (
+        random_state((2, channels, 4, 6), dtype=dtype),
+        random_filters(channels, 3, 1, True, dtype),
+    )
+    check_gradients_from_the_input(input, weight, bias)
+
+
+def check_gradients_from_the_input(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    _, _, slopes = run("euler_conv_flow_saving", input, weight, bias, *FLOW, 1, False)
+    grad_output = torch.randn(input.shape).to(input.dtype)
+    arguments = (*FLOW, 1, False, (True, True, True))
+    found = run("euler_conv_flow_backward", grad_output, input, weight, bias, *arguments, input[None], slopes)
+    truth = reference.euler_conv_flow_backward(*exact([grad_output, input, weight, bias]), *arguments)
+    assert_all_close(found, truth, TOLERANCE[input.dtype])
 
 
 def test_slopes_without_states_give_no_weight_gradient() -> None:

@@ -204,6 +204,18 @@ def test_gradients_from_what_was_saved(channels: int, dtype: torch.dtype) -> Non
 
 
 @pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("dtype", _cuda.DTYPES)
+def test_the_state_of_a_single_step_may_be_its_input(dtype: torch.dtype) -> None:
+    x, (weight, bias) = random_state((3, 6, 7, 5), dtype=dtype), random_filters(6, 3, 1, True, dtype)
+    args, grad = (x, weight, bias, 0.1, 0.2, 1), torch.randn(x.shape).to(dtype)
+    _, states, slopes = _cuda.euler_conv_flow_saving(*args, True)
+    saved, given = (
+        _cuda.euler_conv_flow_backward(grad, *args, False, [True] * 3, kept, slopes) for kept in (states, x[None])
+    )
+    assert all(map(torch.equal, saved, given))
+
+
+@pytest.mark.usefixtures("on_cpu")
 def test_elements_further_apart_than_32_bits_can_count(tmp_path: Path) -> None:
     x = far_apart(tmp_path)
     weight, bias = random_filters(3, 3, 2, True, x.dtype)

@@ -54,26 +54,3 @@ def test_figures_of_the_readme_come_from_the_committed_results() -> None:
         f"training {ratio(cifar, 'forward+backward', True)} times",
     ):
         assert sentence in text, sentence
-
-
-def test_figures_of_the_robustness_page_come_from_the_committed_results() -> None:
-    with (ROOT / "bench" / "results" / "mnist_pgd.csv").open() as file:
-        rows = {row["provider"]: row for row in csv.DictReader(file)}
-    ours, saving, plain = (
-        rows[name] for name in ("robust_node_fast", "robust_node_fast, recompute=False", "plain PyTorch")
-    )
-    assert ours["attacked_accuracy"] == plain["attacked_accuracy"] < plain["clean_accuracy"]
-    text = " ".join((ROOT / "docs" / "robustness.md").read_text().split())
-    assert (
-        f"takes {float(ours['seconds']):.1f} s against {float(plain['seconds']):.1f} s in plain PyTorch, "
-        f"{float(ours['plain_over_this']):.1f} times less, or {float(saving['plain_over_this']):.1f} times less with"
-    ) in text
-    assert f"the least of {ours['rounds']};" in text
-    assert f"{ours['threads']} threads" in text
-
-
-def test_cost_of_a_certificate_comes_from_the_committed_results() -> None:
-    with (ROOT / "bench" / "results" / "certify.csv").open() as file:
-        forwards = {row["work"]: float(row["forwards"]) for row in csv.DictReader(file)}
-    text = " ".join((ROOT / "docs" / "certify.md").read_text().split())
-    assert f"takes {forwards['certificate']:.1f} plain forward passes" in text

@@ -206,7 +206,8 @@ def test_what_triton_takes_and_why_not_the_rest() -> None:
     assert "float64" in (reason("cuda", torch.float64, 3) or "")
     assert "7" in (reason("cuda", torch.float32, 7) or "")
     assert "not cpu" in (reason("cpu", torch.float32, 3) or "")
-    assert set(backend.implementations) == set(_backends._REFERENCE)
+    # A certificate's bounds run as PyTorch ops on a card.
+    assert set(backend.implementations) == {op for op in _backends._REFERENCE if not op.endswith("_bound")}
 
 
 def test_a_triton_that_cannot_be_imported_is_unavailable() -> None:

@@ -1,6 +1,6 @@
 """No Triton kernel spills registers or outgrows a target, low precision runs on tensor cores, the table is up to date.
 
-Compiled again is every kernel whose digest is not the table's, and of the others every 21st, which comes past every
+Compiled again is every kernel whose digest is not the table's, and of the others every 41st, which comes past every
 target in turn. Where it begins changes from run to run, so that in time all are compiled; ``RNF_TEST_SEED`` repeats a
 run, and ``RNF_TRITON_RESOURCES=all`` compiles everything, a quarter of an hour on two cores. So does another version
 of Triton than the table's: it allocates registers in its own way, and only what must hold anywhere is asked of it.
@@ -21,7 +21,7 @@ from robust_node_fast.bench import resources
 
 triton = pytest.importorskip("triton")
 KERNELS = Path(__file__).resolve().parent.parent / "kernels"
-EVERY = 1 if os.environ.get("RNF_TRITON_RESOURCES") == "all" else 21
+EVERY = 1 if os.environ.get("RNF_TRITON_RESOURCES") == "all" else 41
 REGENERATE = "if this is intended, run python -m robust_node_fast.bench.resources"
 
 
