@@ -21,6 +21,7 @@ class Result:
     per_seed: tuple[float, ...]
     settings: dict[str, Any] = field(default_factory=dict)
     measure: str = ""  # what the strength is: "sigma", "l_inf eps", ...
+    seconds: float = field(default=0.0, compare=False)  # that it took, over all images and seeds
 
     @property
     def mean(self) -> float:
@@ -129,7 +130,7 @@ class Report:
         """
         content = json.loads(text)
         results = [
-            Result(r["name"], r["strength"], tuple(r["per_seed"]), r["settings"], r["measure"])
+            Result(r["name"], r["strength"], tuple(r["per_seed"]), r["settings"], r["measure"], r["seconds"])
             for r in content["results"]
         ]
         return cls(
