@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import sys
@@ -637,27 +638,30 @@ def test_transfer_from_another_model(trained: nn.Module, digits: data.Dataset) -
         robustness.evaluate(trained, (images, labels), sources={"other": other.train()})
 
 
-def test_what_has_lost_is_spared_by_all_but_the_single_step() -> None:
-    class Counted(Linear):
-        seen: ClassVar[list[int]] = []
+def test_what_has_lost_is_spared(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, float, list[float]]] = []
 
-        def forward(self, input: Tensor) -> Tensor:
-            if torch.is_grad_enabled():
-                self.seen.append(len(input))
-            return super().forward(input)
+    def recorded(attack: suite.Attack) -> suite.Attack:
+        def run(model: nn.Module, images: Tensor, labels: Tensor, eps: float, generator: torch.Generator) -> Tensor:
+            asked.append((attack.name, eps, images.flatten().tolist()))
+            return attack.run(model, images, labels, eps, generator)
 
-    model = Counted(torch.ones(1), bias=-0.5).eval()
-    images = torch.tensor([0.4, 0.52, 0.6, 0.95])[:, None, None, None]  # wrong, falls at 0.05, at 0.2, never
-    labels = torch.ones(4, dtype=torch.int64)
-    found = robustness.evaluate(model, (images, labels), suite="quick", eps=(0.2, 0.05), seeds=[0])
+        return dataclasses.replace(attack, run=run)
+
+    attacks = recorded(suite._fgsm("inf")), recorded(suite._pgd(n_steps=10))
+    monkeypatch.setitem(suite.SUITES, "quick", suite.Suite((), attacks))
+    wrong, falls_at_1, falls_at_4, stands = pixels = [0.25, 0.5625, 0.75, 1.0]
+    images, labels = torch.tensor(pixels)[:, None, None, None], torch.ones(4, dtype=torch.int64)
+    model = Linear(torch.ones(1), bias=-0.5).eval()
+    found = robustness.evaluate(model, (images, labels), suite="quick", eps=(0.4, 0.1), seeds=[0])
+    assert asked[:4] == [
+        ("fgsm", 0.1, pixels),
+        ("pgd", 0.1, [falls_at_1, falls_at_4, stands]),
+        ("fgsm", 0.4, [wrong, falls_at_4, stands]),  # that it helps nobody is a check
+        ("pgd", 0.4, [falls_at_4, stands]),
+    ]
     for name in ("fgsm", "pgd", "worst case"):
-        assert [found.accuracy(name, eps) for eps in (0.05, 0.2)] == [0.5, 0.25]
-    first, second, checks, *_ = [call for call, count in enumerate(Counted.seen) if count == 4]  # all images: FGSM
-    small, large = Counted.seen[first + 1 : second], Counted.seen[second + 1 : checks]
-    assert small[0] == 3  # the first image is wrong as it is
-    assert small[-1] == large[0] == 2  # the second fell at the smaller radius
-    assert large[-1] == 1
-    assert len(small) == len(large) == 10
+        assert [found.accuracy(name, eps) for eps in (0.1, 0.4)] == [0.5, 0.25]
 
 
 def test_certificates_are_sought_where_the_smaller_radius_has_one() -> None:

@@ -52,9 +52,10 @@ class _Ball:
         for attack, tally in self.attacks:
             adversarial, predicted = found[self.norm, attack.name]
             with tally.timed():
-                # A single step is tried on all: that it helps none is one of the checks.
-                left = slice(None) if attack.kind == "single step" else (predicted == labels).nonzero()[:, 0]
-                if len(labels[left]):
+                left = predicted == labels
+                if attack.kind == "single step":
+                    left = left | ~unharmed  # that it helps none is one of the checks
+                if bool(left.any()):
                     adversarial[left] = attack.run(model, images[left], labels[left], self.eps, tally.generators[0])
                     predicted[left] = predict(model, adversarial[left], labels[left])
             right = tally.classified(adversarial, labels, predicted)
