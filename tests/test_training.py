@@ -258,6 +258,20 @@ def test_changed_environment_is_said(tmp_path: Path) -> None:
         training.fit(folder, DIGITS)
 
 
+def test_a_setting_that_is_newer_than_a_run_has_its_default(tmp_path: Path) -> None:
+    folder = start(tmp_path / "run", tiny())
+    first = training.fit(folder, DIGITS)
+    content = json.loads((folder / "config.json").read_text())
+    del content["regularizer"]
+    (folder / "config.json").write_text(json.dumps(content))
+    for name in ("checkpoint.safetensors", "model.safetensors"):
+        tensors, state = checkpoint.load(folder / name)
+        del state["config"]["regularizer"]
+        checkpoint.save(folder / name, tensors, state)
+    assert training.load_model(folder)[1] == first.config
+    assert training.fit(folder, DIGITS) == first
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_step_and_saves(number: signal.Signals, tmp_path: Path) -> None:
     folder = start(tmp_path / "run", tiny())

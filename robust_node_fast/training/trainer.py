@@ -153,7 +153,8 @@ def load_model(folder: Path) -> tuple[Model, TrainConfig]:
         path, prefix = folder / _CHECKPOINT, "model."
     else:
         raise RunError(f"{folder} has no weights yet: continue the run with --resume {folder}")
-    tensors, _ = checkpoint.load(path)
+    tensors, state = checkpoint.load(path)
+    _check_belongs(path, state, config)
     _load_weights(path, model, tensors, prefix)
     return model.eval(), config
 
@@ -295,8 +296,9 @@ class _Trainer:
         if not path.exists():
             return
         tensors, state = checkpoint.load(path)
-        if state.get("config") != dataclasses.asdict(self.config) or "step" not in state:
-            raise CheckpointError(f"{path} does not belong to the run that {self.folder / _CONFIG} describes")
+        _check_belongs(path, state, self.config)
+        if "step" not in state:
+            raise CheckpointError(f"{path} holds weights only, no training that could go on")
         _load_weights(path, self.model, tensors, "model.")
         per_parameter: dict[int, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
@@ -422,6 +424,16 @@ def check_device(device: str) -> None:
         raise RunError(f"device {device!r} cannot be used ({str(error).splitlines()[0]})") from error
 
 
+def _check_belongs(path: Path, state: dict[str, Any], config: TrainConfig) -> None:
+    """A ``CheckpointError`` for a checkpoint of another configuration; fields it does not have yet are the defaults."""
+    try:
+        same = TrainConfig(**state["config"]) == config
+    except (KeyError, TypeError, ValueError):
+        same = False
+    if not same:
+        raise CheckpointError(f"{path} does not belong to the run that {path.parent / _CONFIG} describes")
+
+
 def _load_weights(path: Path, model: Model, tensors: dict[str, Tensor], prefix: str) -> None:
     weights = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     try:
@@ -460,4 +472,10 @@ def _environment(device: str) -> dict[str, Any]:
     info = _backends.backend_info()
     kind = torch.device(device).type
     implementations = sorted({op[kind]["implementation"] for op in info["ops"].values()})
-    return {"torch": info["torch"], "device": device, "threads": torch.get_num_threads(), "runs on": implementations}
+    return {
+        "robust_node_fast": info["robust_node_fast"],
+        "torch": info["torch"],
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "runs on": implementations,
+    }
