@@ -9,18 +9,20 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from robust_node_fast.training import TrainConfig
 
-__all__ = ["EPS", "SUITE", "Cell", "cells"]
+__all__ = ["EPS", "INITS", "NORMS", "RATES", "SUITE", "TRANSFER_EPS", "Cell", "cells"]
 
-EPS = (0.02, 0.05, 0.1, 0.2, 0.3)
+PROTOCOL = 1  # raised by every change of what a cell's numbers mean: the cells of before are then no longer looked for
 SUITE = "standard"  # Gaussian and salt-and-pepper noise; FGSM and PGD-40
+EPS = (0.02, 0.05, 0.1, 0.2, 0.3)
+TRANSFER_EPS = (0.1, 0.2, 0.3)  # at the smaller ones most images survive, which is dear to find and says little
 
-INITS = ("default", "authors", "identity", "centered")
+INITS = ("default", "authors", "identity")
 NORMS = ("2", "2-sharp", "inf")
 RATES = (0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 15.0)
 WEIGHTS = (0.01, 0.1, 1.0, 10.0)
@@ -49,22 +51,33 @@ class Cell:
     def settings(self) -> dict[str, Any]:
         """All that decides the numbers, as JSON has it."""
         return {
+            "protocol": PROTOCOL,
             "train": _training(self.config),
             "partner": _training(self.partner),
             "suite": SUITE,
             "eps": list(EPS),
+            "transfer_eps": list(TRANSFER_EPS),
             "attack_samples": self.attack_samples,
         }
 
     @property
     def name(self) -> str:
-        """For its file; other settings give another name."""
-        return _name(self.config, self.settings)
+        """For its file; other settings give another name, a setting that is new and at its default does not."""
+        settings = {**self.settings, "train": _departures(self.config), "partner": _departures(self.partner)}
+        return _name(self.config, settings)
+
+    def has(self, settings: Mapping[str, Any]) -> bool:
+        """Whether these are its settings; training settings that they do not know yet count as the defaults."""
+        try:
+            known = {name: _training(TrainConfig(**settings[name])) for name in ("train", "partner")}
+        except (KeyError, TypeError, ValueError):
+            return False
+        return {**settings, **known} == self.settings
 
 
 def network_name(config: TrainConfig) -> str:
     """For the run folder of a network, which several cells may share."""
-    return _name(config, _training(config))
+    return _name(config, _departures(config))
 
 
 def penalty_name(config: TrainConfig) -> str:
@@ -77,34 +90,40 @@ def cells(
     dataset: str,
     *,
     seeds: int = 3,
-    only: str = "",
+    only: Sequence[str] = (),
     attack_samples: int | None = None,
     **budget: Any,
 ) -> list[Cell]:
-    """The cells of all rows whose name contains ``only``, seed by seed.
+    """The cells of the rows that ``only`` asks for, seed by seed.
 
     Args:
         dataset: as in ``TrainConfig``.
         seeds: their number.
-        only: a part ("grid", "rho", "gamma", "steps", "jacobian"), a row, or what some have in common.
+        only: rows, or what some begin with: "grid", "grid/identity", "grid/identity/2", "rho", ... None given: all.
         attack_samples: attacks take the first so many test images; None: all.
         budget: fields of ``TrainConfig`` for all cells.
 
     Raises:
-        TypeError, ValueError: a field out of its range; no row contains ``only``.
+        TypeError, ValueError: a field out of its range; a name in ``only`` fits no row.
     """
-    rows = {name: changes for name, changes in _rows() if only in name}
-    if not rows:
-        raise ValueError(f"only={only!r} fits no row, expected a part of one of {', '.join(dict(_rows()))}")
+    rows = dict(_rows())
+    for wanted in only:
+        if not any(_belongs(row, wanted) for row in rows):
+            raise ValueError(f"only={wanted!r} fits no row, expected one of {', '.join(rows)}, or what some begin with")
+    rows = {row: changes for row, changes in rows.items() if not only or any(_belongs(row, name) for name in only)}
     found = []
     for seed in range(seeds):
-        for name, changes in rows.items():
+        for row, changes in rows.items():
             own, other = (
                 TrainConfig.recipe(dataset, **{**PAPER, **budget, **fields, "seed": seed})
                 for fields in (changes, _partner(changes))
             )
-            found.append(Cell(name, own, other, attack_samples))
+            found.append(Cell(row, own, other, attack_samples))
     return found
+
+
+def _belongs(row: str, wanted: str) -> bool:
+    return f"{row}/".startswith(f"{wanted.rstrip('/')}/")
 
 
 def _rows() -> Iterator[tuple[str, dict[str, Any]]]:
@@ -133,6 +152,12 @@ def _partner(changes: dict[str, Any]) -> dict[str, Any]:
 
 def _training(config: TrainConfig) -> dict[str, Any]:
     return {name: value for name, value in dataclasses.asdict(config).items() if name not in NOT_IN_THE_RESULT}
+
+
+def _departures(config: TrainConfig) -> dict[str, Any]:
+    """From the defaults of ``TrainConfig``."""
+    plain = _training(TrainConfig(config.dataset))
+    return {name: value for name, value in _training(config).items() if name == "dataset" or value != plain[name]}
 
 
 def _name(config: TrainConfig, settings: dict[str, Any]) -> str:

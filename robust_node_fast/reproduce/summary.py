@@ -1,25 +1,19 @@
-"""The cells side by side: a table for every part, all numbers in one CSV file, a picture for every group of rows."""
+"""The cells side by side, as a page: a table for every part, what start and penalty contribute, the paper's claims."""
 
 from __future__ import annotations
 
-import csv
-import dataclasses
-import io
 import itertools
 import statistics
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 
-from robust_node_fast import training
-from robust_node_fast.reproduce.cell import Stored
-from robust_node_fast.robustness import Report
-from robust_node_fast.training.checkpoint import replace_file
+from robust_node_fast.reproduce import claims
+from robust_node_fast.reproduce.cell import CellResult
+from robust_node_fast.reproduce.claims import Rows, accuracies, pairs
+from robust_node_fast.reproduce.grid import INITS, NORMS, Cell
 
-__all__ = ["by_part", "table", "write"]
+__all__ = ["by_row", "markdown", "table"]
 
-Rows = Mapping[str, Sequence[Stored]]  # a row's cells, one for each seed
-
-# Heading, name of the result (its start), strength.
+# Heading, name of the result (or how it begins), strength.
 COLUMNS = (
     ("clean", "clean", 0.0),
     ("Gauss 0.1", "gaussian", 0.1),
@@ -30,108 +24,179 @@ COLUMNS = (
     ("PGD 0.02", "pgd", 0.02),
     ("PGD 0.05", "pgd", 0.05),
     ("PGD 0.1", "pgd", 0.1),
-    ("PGD 0.2", "pgd", 0.2),
-    ("transfer 0.1", "pgd on ", 0.1),
+    ("transfer 0.1", claims.TRANSFER, 0.1),
     ("certified 0.02", "certified", 0.02),
 )
-FIELDS = ("init", "network", "regularizer", "norm", "rate", "penalty_weight", "step_size", "n_steps", "seed")
-DRAWN = ("clean", "gaussian", "salt_and_pepper", "pgd", "certified")
+CONTRASTED = tuple(column for column in COLUMNS if column[0] not in ("Gauss 0.1", "FGSM 0.1", "PGD 0.1"))
+COSTS = ("clean", "noise", "fgsm", "pgd", "transfer", "certified")
+PARTS = {
+    "grid": "Start and penalty: `grid/START/PENALTY`",
+    "rho": "The rate asked for: `rho/START/RHO`",
+    "gamma": "The weight of the penalty: `gamma/WEIGHT`",
+    "steps": "Step size and number of steps: `steps/PENALTY/...`",
+    "jacobian": "The Jacobian regulariser",
+}
 
 
-def by_part(rows: Rows) -> Mapping[str, Rows]:
-    """The rows of "grid", of "rho", ..."""
-    parts: dict[str, dict[str, Sequence[Stored]]] = {}
-    for row, cells in rows.items():
-        parts.setdefault(row.split("/")[0], {})[row] = cells
-    return parts
+def by_row(cells: Sequence[Cell], results: Mapping[str, CellResult]) -> dict[str, dict[str, list[CellResult]]]:
+    """Part -> row -> the results there are, seed by seed; ``results`` by the names of their cells."""
+    parts: dict[str, dict[str, list[CellResult]]] = {}
+    for cell in cells:
+        if cell.name in results:
+            parts.setdefault(cell.row.split("/")[0], {}).setdefault(cell.row, []).append(results[cell.name])
+    order = {cell.row: number for number, cell in reversed(list(enumerate(cells)))}
+    return {part: dict(sorted(rows.items(), key=lambda item: order[item[0]])) for part, rows in parts.items()}
 
 
 def table(rows: Rows, *, spread: bool) -> list[list[str]]:
     """Headings, then a line for every row: accuracies in %, means over its seeds (and their standard deviation)."""
-    lines = [["row", *(heading for heading, _, _ in COLUMNS), "rate", "penalty", "seconds"]]
+    lines = [["row", "seeds", *(heading for heading, _, _ in COLUMNS), "rate", "penalty"]]
     for row, cells in rows.items():
-        report = _merged(cells)
-        accuracies = [
-            f"{100 * result.mean:.1f}" + (f" ± {100 * result.std:.1f}" if spread and len(cells) > 1 else "")
-            for _, name, strength in COLUMNS
-            for result in report.results
-            if result.strength == strength and _is(result.name, name)
-        ]
-        means = [
-            statistics.fmean(values)
-            for values in zip(*((cell.rate, cell.penalty, sum(cell.seconds.values())) for cell in cells), strict=True)
-        ]
-        lines.append([row, *accuracies, f"{means[0]:.3g}", f"{means[1]:.3g}", f"{means[2]:.0f}"])
+        found = [_mean(list(accuracies(cells, name, by).values()), spread) for _, name, by in COLUMNS]
+        rate, penalty = (statistics.fmean(getattr(cell, name) for cell in cells) for name in ("rate", "penalty"))
+        lines.append([row, str(len(cells)), *found, f"{rate:.3g}", f"{penalty:.3g}"])
     return lines
 
 
-def write(rows: Rows, folder: Path, title: str) -> list[Path]:
-    """``summary.md``, ``summary.csv`` and a picture for every group of rows (those that differ in their last word)."""
-    from robust_node_fast.robustness.curves import plot_accuracy  # matplotlib takes a second to import
-
-    with training.writing(folder):
-        written = [folder / "summary.md", folder / "summary.csv"]
-        pictures = []
-        reports = {row: _merged(cells) for row, cells in rows.items()}
-        for group, members in itertools.groupby(reports, key=lambda row: row.rpartition("/")[0]):
-            pictures.append(f"{group.replace('/', '-')}.png")
-            plot_accuracy({row.rpartition("/")[2]: _drawn(reports[row]) for row in members}, folder / pictures[-1])
-        replace_file(written[0], _markdown(rows, title, pictures).encode())
-        replace_file(written[1], _csv(rows).encode())
-    return [*written, *(folder / picture for picture in pictures)]
-
-
-def _is(name: str, wanted: str) -> bool:
-    """A transferred attack's name ends with that of the network that it was found on."""
-    return name.startswith(wanted) if wanted.endswith(" ") else name == wanted
-
-
-def _merged(cells: Sequence[Stored]) -> Report:
-    """One report for a row, with the training seeds in the place of the noise's."""
-    first = cells[0].report
-    tests = zip(*(cell.report.results for cell in cells), strict=True)
-    return dataclasses.replace(
-        first,
-        results=tuple(dataclasses.replace(test[0], per_seed=tuple(result.mean for result in test)) for test in tests),
-        checks=tuple(check for cell in cells for check in cell.report.checks),
-    )
-
-
-def _drawn(report: Report) -> Report:
-    return dataclasses.replace(report, results=tuple(result for result in report.results if result.name in DRAWN))
-
-
-def _markdown(rows: Rows, title: str, pictures: Sequence[str]) -> str:
-    first = next(iter(rows.values()))
+def markdown(cells: Sequence[Cell], results: Mapping[str, CellResult]) -> str:
+    """The page. ``cells`` are those that it is about, of one or more data sets; it names the ones without a result."""
     lines = [
-        f"# {title}",
+        "# The paper's experiments, reproduced",
         "",
-        f"Accuracy in %, {first[0].report.n_samples} test images, mean and standard deviation over {len(first)} "
-        "training seeds. Attacks by their l_inf radius; transfer: PGD found on the network of the same start and seed "
-        "on the other side of the penalty; certified: bound E. Rate: the least over the Euler steps that the filters "
-        "guarantee, in the norm of the row's penalty; penalty: at the rate asked for. Seconds: to train and evaluate.",
+        "Written by `rnf reproduce`; `docs/reproduce.md` says what is compared and how it is measured.",
+        "",
+        "Accuracy in % on the full test set, mean and standard deviation over training seeds. Noises by their "
+        "strength, attacks by their l_inf radius; PGD has 40 steps; transfer: PGD on the network of the same start and "
+        "seed on the other side of the penalty; certified: bound E. Rate: the least over the Euler steps that the "
+        "filters guarantee, in the norm of the row's penalty; penalty: its value at the rate asked for.",
     ]
-    lines += [line for note in first[0].report.notes for line in ("", note)]
-    for part, members in by_part(rows).items():
-        headings, *body = table(members, spread=True)
-        lines += ["", f"## {part}", ""]
-        lines += [f"| {' | '.join(line)} |" for line in (headings, ["---"] * len(headings), *body)]
-        reports = {row: _merged(cells) for row, cells in members.items()}
-        lines += [f"\n**{row}: {report.verdict}**" for row, report in reports.items() if not report.reliable]
-    lines += ["", *(f"![{picture}]({picture})" for picture in pictures)]
+    found = [results[cell.name] for cell in cells if cell.name in results]
+    if found:
+        versions = (
+            sorted({result.version for result in found}),
+            sorted({result.report.settings["torch"] for result in found}),
+        )
+        lines += ["", "Computed with robust_node_fast {} and PyTorch {}.".format(*map(", ".join, versions))]
+    lines += [line for note in sorted({note for r in found for note in r.report.notes}) for line in ("", note)]
+    for dataset, group in itertools.groupby(cells, key=lambda cell: cell.config.dataset):
+        lines += _dataset(dataset, list(group), results)
     return "\n".join(lines) + "\n"
 
 
-def _csv(rows: Rows) -> str:
-    """One line for every row, seed and test; ``init`` to ``seed`` are fields of ``TrainConfig``."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    measured = ("test", "measure", "strength", "accuracy", "guaranteed_rate", "penalty", "train_seconds")
-    writer.writerow(["row", *FIELDS, *measured])
-    for row, cells in rows.items():
-        for cell in cells:
-            settings = [cell.settings["train"][name] for name in FIELDS]
-            for result in cell.report.results:
-                found = [result.name, result.measure, result.strength, result.mean]
-                writer.writerow([row, *settings, *found, cell.rate, cell.penalty, cell.seconds["train"]])
-    return text.getvalue()
+def _dataset(dataset: str, cells: Sequence[Cell], results: Mapping[str, CellResult]) -> Iterator[str]:
+    parts = by_row(cells, results)
+    rows = {row: found for part in parts.values() for row, found in part.items()}
+    names = {cell.name for cell in cells}
+    found = [results[name] for name in sorted(names & results.keys())]
+    yield from ("", f"## {dataset}", "", f"{len(found)} of {len(names)} cells.")
+    if found:
+        verdicts = [
+            (verdict.claim, verdict.compared, str(verdict.seeds), verdict.found, f"**{verdict.verdict}**")
+            for verdict in claims.verdicts(rows, dataset)
+        ]
+        headings = ("claim", "compared", "seeds", "found", "verdict")
+        yield from ("", "### The paper's claims", "", *_as_table((headings, *verdicts)), "", claims.RULES)
+    for part, members in parts.items():
+        yield from ("", f"### {PARTS[part]}", "", *_as_table(table(members, spread=True)))
+        for row, cell in ((row, cell) for row, cells in members.items() for cell in cells if not cell.report.reliable):
+            yield from ("", f"**{row}, seed {cell.settings['train']['seed']}: {cell.report.verdict}**")
+        if part == "grid":
+            yield from ("", "### What the penalty does, and what the start does", "", *_as_table(_contrasts(members)))
+            yield from (
+                "",
+                "Differences in points between rows that differ in nothing else, seed by seed: the mean over the other "
+                "setting, in brackets the least and the most. Where the brackets hold both signs, what the one does "
+                "hangs on the other.",
+            )
+    if found:
+        yield from ("", "### Cost and epochs", "", *_cost(found))
+    yield from _missing(cells, parts, results)
+
+
+def _missing(cells: Sequence[Cell], parts: Mapping[str, Rows], results: Mapping[str, CellResult]) -> Iterator[str]:
+    """Seeds without a result by row, or by part where it has none at all."""
+    seeds: dict[str, list[int]] = {}
+    for cell in cells:
+        if cell.name not in results:
+            part = cell.row.split("/")[0]
+            missing = seeds.setdefault(cell.row if part in parts else f"{part}, every row", [])
+            if cell.config.seed not in missing:
+                missing.append(cell.config.seed)
+    if seeds:
+        yield from ("", "### Cells that are missing", "")
+        yield from (f"- `{row}`: seed {', '.join(map(str, numbers))}" for row, numbers in seeds.items())
+
+
+def _contrasts(rows: Rows) -> list[list[str]]:
+    """Of the full grid: one line for every change of a setting, averaged over the other one."""
+    penalties = ("none", *NORMS)
+    changes = {
+        f"penalty {norm} instead of none": [(f"grid/{init}/{norm}", f"grid/{init}/none") for init in INITS]
+        for norm in NORMS
+    }
+    changes |= {
+        f"start {init} instead of default": [(f"grid/{init}/{name}", f"grid/default/{name}") for name in penalties]
+        for init in INITS[1:]
+    }
+    changes |= {
+        "in the paper: authors/2 instead of default/none": [("grid/authors/2", "grid/default/none")],
+        "of this, the start: authors/none instead of default/none": [("grid/authors/none", "grid/default/none")],
+        "of this, the penalty: authors/2 instead of authors/none": [("grid/authors/2", "grid/authors/none")],
+    }
+    lines = [["change", "pairs", *(heading for heading, _, _ in CONTRASTED)]]
+    for change, both in changes.items():
+        gains = [
+            [statistics.fmean(ours - theirs for ours, theirs in seeds) for seeds in column if seeds]
+            for column in ([pairs(rows, *pair, name, by) for pair in both] for _, name, by in CONTRASTED)
+        ]
+        lines.append([change, f"{len(gains[0])} of {len(both)}", *map(_range, gains)])
+    return lines
+
+
+def _cost(found: Sequence[CellResult]) -> Iterator[str]:
+    """Where the time went, and what fewer epochs would have reached."""
+    seconds = {
+        "training": statistics.fmean(cell.train_seconds for cell in found),
+        **{kind: statistics.fmean(_seconds(cell, kind) for cell in found) for kind in COSTS},
+    }
+    total = sum(cell.seconds for cell in found)
+    parts = ", ".join(f"{kind} {value:.0f}" for kind, value in seconds.items())
+    yield f"{total / 3600:.1f} hours for these cells; a cell takes {sum(seconds.values()):.0f} s: {parts}."
+    last = len(found[0].accuracy_by_epoch)
+    if all(len(cell.accuracy_by_epoch) == last > 3 for cell in found):
+        short = [100.0 * (cell.accuracy_by_epoch[-1] - cell.accuracy_by_epoch[2]) for cell in found]
+        within = sum(value <= 0.3 for value in short)
+        yield ""
+        yield (
+            f"Clean accuracy after epoch {last} exceeds that after epoch 3 by {_range(short)} points; {within} of "
+            f"{len(found)} networks were within 0.3 points after epoch 3."
+        )
+
+
+def _seconds(cell: CellResult, kind: str) -> float:
+    return sum(result.seconds for result in cell.report.results if _kind(result.name, result.measure) == kind)
+
+
+def _kind(name: str, measure: str) -> str:
+    if name.startswith(claims.TRANSFER):
+        return "transfer"
+    return "noise" if measure and not measure.endswith("eps") else name
+
+
+def _mean(values: Sequence[float], spread: bool) -> str:
+    if not values:
+        return ""
+    return f"{statistics.fmean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if spread and values[1:] else "")
+
+
+def _range(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    return f"{statistics.fmean(values):+.1f}" + (f" ({min(values):+.1f} to {max(values):+.1f})" if values[1:] else "")
+
+
+def _as_table(lines: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Headings and lines as Markdown."""
+    headings, *body = lines
+    for line in (headings, ["---"] * len(headings), *body):
+        yield f"| {' | '.join(line)} |"

@@ -41,6 +41,7 @@ __all__ = [
     "Interrupted",
     "Outcome",
     "RunError",
+    "accuracy_by_epoch",
     "check_device",
     "fit",
     "load_config",
@@ -157,6 +158,12 @@ def load_model(folder: Path) -> tuple[Model, TrainConfig]:
     _check_belongs(path, state, config)
     _load_weights(path, model, tensors, prefix)
     return model.eval(), config
+
+
+def accuracy_by_epoch(folder: Path) -> tuple[float, ...]:
+    """Accuracy on the test set after every epoch so far of the run in ``folder``."""
+    lines = map(json.loads, (folder / _METRICS).read_text().splitlines())
+    return tuple(line["test_accuracy"] for line in lines if "test_accuracy" in line)
 
 
 def fit(folder: Path, dataset: Dataset, *, on_step: OnStep | None = None, tensorboard: bool = False) -> Outcome:
