@@ -26,6 +26,7 @@ from robust_node_fast import _backends, data, robustness, training
 from robust_node_fast import reproduce as reproduction
 from robust_node_fast.certify import Summary, linf_certified, summarise
 from robust_node_fast.training import Outcome, TrainConfig
+from robust_node_fast.training.checkpoint import replace_file
 
 app = typer.Typer(
     name="rnf",
@@ -496,7 +497,7 @@ def summary(
 def _write_summary(cells: list[reproduction.Cell], results: dict[str, reproduction.CellResult], path: Path) -> None:
     with training.writing(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(reproduction.markdown(cells, results), encoding="utf-8")
+        replace_file(path, reproduction.markdown(cells, results).encode())
     _say(f"wrote {path}, {len(results)} of {len({cell.name for cell in cells})} cells")
 
 

@@ -29,9 +29,9 @@ COMPARED = (
 RULES = (
     f"Clean accuracy holds if it is no more than {CLOSE:g} points lower. A gain holds if it falls no more than "
     f"{CLOSE:g} points short of the claimed one, and in part if it is at least {CLOSE:g} points; of several tests the "
-    "one with the largest gain counts. Transferred attacks do not break a network that keeps half of the images it "
-    f"classifies rightly at l_inf radius {TRANSFER_AT:g}. A network is insensitive to rho if no two means are more "
-    f"than {CLOSE:g} points apart."
+    "one with the largest gain counts. Attacks found on the vanilla network of the same start do not break a network "
+    f"that keeps half of the images it classifies rightly at l_inf radius {TRANSFER_AT:g}. A network is insensitive to "
+    f"rho if no two means are more than {CLOSE:g} points apart."
 )
 
 

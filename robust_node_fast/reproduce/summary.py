@@ -39,13 +39,15 @@ PARTS = {
 
 
 def by_row(cells: Sequence[Cell], results: Mapping[str, CellResult]) -> dict[str, dict[str, list[CellResult]]]:
-    """Part -> row -> the results there are, seed by seed; ``results`` by the names of their cells."""
+    """Part -> row -> the results there are, seed by seed, in the order of ``cells``; ``results`` by cells' names."""
+    done = {cell.row for cell in cells if cell.name in results}
     parts: dict[str, dict[str, list[CellResult]]] = {}
     for cell in cells:
-        if cell.name in results:
-            parts.setdefault(cell.row.split("/")[0], {}).setdefault(cell.row, []).append(results[cell.name])
-    order = {cell.row: number for number, cell in reversed(list(enumerate(cells)))}
-    return {part: dict(sorted(rows.items(), key=lambda item: order[item[0]])) for part, rows in parts.items()}
+        if cell.row in done:
+            found = parts.setdefault(cell.row.split("/")[0], {}).setdefault(cell.row, [])
+            if cell.name in results:
+                found.append(results[cell.name])
+    return parts
 
 
 def table(rows: Rows, *, spread: bool) -> list[list[str]]:
@@ -115,16 +117,16 @@ def _dataset(dataset: str, cells: Sequence[Cell], results: Mapping[str, CellResu
 
 def _missing(cells: Sequence[Cell], parts: Mapping[str, Rows], results: Mapping[str, CellResult]) -> Iterator[str]:
     """Seeds without a result by row, or by part where it has none at all."""
-    seeds: dict[str, list[int]] = {}
+    seeds: dict[str, set[int]] = {}
     for cell in cells:
+        part = cell.row.split("/")[0]
+        missing = seeds.setdefault(cell.row if part in parts else f"{part}, every row", set())
         if cell.name not in results:
-            part = cell.row.split("/")[0]
-            missing = seeds.setdefault(cell.row if part in parts else f"{part}, every row", [])
-            if cell.config.seed not in missing:
-                missing.append(cell.config.seed)
+            missing.add(cell.config.seed)
+    seeds = {row: missing for row, missing in seeds.items() if missing}
     if seeds:
         yield from ("", "### Cells that are missing", "")
-        yield from (f"- `{row}`: seed {', '.join(map(str, numbers))}" for row, numbers in seeds.items())
+        yield from (f"- `{row}`: seed {', '.join(map(str, sorted(missing)))}" for row, missing in seeds.items())
 
 
 def _contrasts(rows: Rows) -> list[list[str]]:
@@ -144,12 +146,12 @@ def _contrasts(rows: Rows) -> list[list[str]]:
         "of this, the penalty: authors/2 instead of authors/none": [("grid/authors/2", "grid/authors/none")],
     }
     lines = [["change", "pairs", *(heading for heading, _, _ in CONTRASTED)]]
-    for change, both in changes.items():
+    for change, compared in changes.items():
         gains = [
             [statistics.fmean(ours - theirs for ours, theirs in seeds) for seeds in column if seeds]
-            for column in ([pairs(rows, *pair, name, by) for pair in both] for _, name, by in CONTRASTED)
+            for column in ([pairs(rows, *pair, name, by) for pair in compared] for _, name, by in CONTRASTED)
         ]
-        lines.append([change, f"{len(gains[0])} of {len(both)}", *map(_range, gains)])
+        lines.append([change, f"{len(gains[0])} of {len(compared)}", *map(_range, gains)])
     return lines
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -120,9 +121,9 @@ def evaluate(
     - ``"full"``: these, uniform and shot noise; PGD with 40 steps and 5 restarts, once on the cross-entropy and once on
       the margin; the Square attack with 1,000 queries (l_inf); AutoAttack, where its authors' code is installed.
 
-    PGD takes steps of ``2.5 * eps / n_steps`` and leaves an image alone once an iterate is classified wrongly. All
-    attacks but the single step spare what has lost before: images that are classified wrongly as they are, and those
-    that the same attack broke at a smaller radius, whose ball lies in the larger one. A certificate is sought at a
+    PGD takes steps of ``2.5 * eps / n_steps`` and leaves an image alone once an iterate is classified wrongly. An image
+    that an attack broke has lost to it at every larger radius, whose ball contains the smaller; one that is classified
+    wrongly as it is has lost to all attacks, and only the single step is tried on it. A certificate is sought at a
     radius only for images certified at the smaller ones. With the same random starts no accuracy can be higher for it.
     The checks of ``robustness.checks`` are run on the results.
 
@@ -198,7 +199,8 @@ def evaluate(
     progress, done = None, 0
     if checkpoint is not None:
         networks = {"model": model, **{f"source {name}": source for name, source in sources.items()}}
-        what = [__version__, suite, radii, transfer_radii, tuple(seeds), certify is None, attack_samples, batch_size]
+        what = [__version__, torch.__version__, suite, *(attack.name for attack in every), radii, transfer_radii]
+        what += [tuple(seeds), certify is None, attack_samples, batch_size]
         counted = [clean, *(tally for _, tally in noises), *(tally for ball in balls for tally in ball.tallies())]
         progress = Progress(checkpoint, counted, _digest(what, networks, data))
         done = progress.restore()
@@ -284,15 +286,19 @@ def _certified(
 
 def _digest(settings: Sequence[object], networks: Mapping[str, nn.Module], data: Batch | Iterable[Batch]) -> str:
     """Of all that decides the results of an evaluation."""
-    if not isinstance(data, tuple):
+    if not _is_pair(data):
         raise ValueError(
-            "checkpoint needs data as a pair of tensors, an iterable of batches cannot be known beforehand"
+            "checkpoint needs data as a pair of tensors: what an iterable will give is not known beforehand"
         )
     tensors = {
         f"{name}.{key}": tensor for name, network in networks.items() for key, tensor in network.state_dict().items()
     }
     images, labels = data
     return digest({**tensors, "images": images, "labels": labels}, repr([*settings, networks]))
+
+
+def _is_pair(data: Batch | Iterable[Batch]) -> TypeGuard[Batch]:
+    return isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Tensor)
 
 
 @torch.no_grad()
@@ -303,7 +309,7 @@ def _rates(model: nn.Module) -> dict[str, tuple[float, ...]]:
 
 
 def _batches(data: Batch | Iterable[Batch], batch_size: int) -> Iterator[Batch]:
-    if isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Tensor):
+    if _is_pair(data):
         images, labels = data
         check_batch(images, labels)
         yield from zip(torch.split(images, batch_size), torch.split(labels, batch_size), strict=True)
