@@ -199,10 +199,10 @@ def evaluate(
     progress, done = None, 0
     if checkpoint is not None:
         networks = {"model": model, **{f"source {name}": source for name, source in sources.items()}}
-        what = [__version__, torch.__version__, suite, *(attack.name for attack in every), radii, transfer_radii]
-        what += [tuple(seeds), certify is None, attack_samples, batch_size]
+        names = [attack.name for attack in every]  # AutoAttack may have been installed in between
+        run = (suite, names, radii, transfer_radii, tuple(seeds), certify is None, attack_samples, batch_size)
         counted = [clean, *(tally for _, tally in noises), *(tally for ball in balls for tally in ball.tallies())]
-        progress = Progress(checkpoint, counted, _digest(what, networks, data))
+        progress = Progress(checkpoint, counted, _digest((__version__, torch.__version__, *run), networks, data))
         done = progress.restore()
     probe: list[Batch] = []
     n_samples = 0
