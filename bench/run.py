@@ -34,8 +34,9 @@ from robust_node_fast.bench.registry import OURS, SAVING, Problem, Workload
 from robust_node_fast.bench.rows import Row
 
 MIN_ROUNDS, MAX_ROUNDS = 7, 400
-# Calls are repeated until a turn takes this long: the clock and the call of a lambda then cost nothing.
-TURN = 2e-3
+# Calls are repeated until a turn takes this long: what the first ones after another provider's turn take longer (the
+# processor has to learn the code anew) is then small, as in a loop over batches.
+TURN = 10e-3
 # Calls shorter than this are run once untimed at the start of a turn: caches are then the provider's own, and the
 # threads of the provider before have stopped spinning.
 SHORT = 20e-3

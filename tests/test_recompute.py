@@ -117,6 +117,16 @@ def test_same_bits_of_any_subset(kernels: str, layout: str, wanted: tuple[int, .
 
 
 @needs_kernels
+@pytest.mark.parametrize("kernels", ["planes", "channels"])
+@pytest.mark.parametrize(("wanted", "shared"), [((0,), False), ((0, 1, 2), False), ((1,), True)])
+def test_same_bits_of_many_steps(kernels: str, wanted: tuple[int, ...], shared: bool) -> None:
+    """So many and so large that their states are computed again in segments (csrc/cpu/flow.inc)."""
+    tensors = (random_state((3, 64, 24, 24)), *random_filters(64, 3, None if shared else 35, True))
+    with kernels_in(kernels):
+        assert_same_gradients(tensors, torch.randn(3, 64, 24, 24), wanted, n_steps=35)
+
+
+@needs_kernels
 @given(
     shape=st.tuples(st.integers(0, 5), st.integers(1, 40), st.integers(1, 24), st.integers(1, 24)),
     kernel=st.sampled_from((1, 3, 5)),

@@ -11,3 +11,4 @@
 #include "api.h"
 #include "filter_cache.h"
 #include "memory.h"
+#include "turns.h"

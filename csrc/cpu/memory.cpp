@@ -6,7 +6,7 @@
 namespace rnf {
 namespace {
 
-constexpr std::size_t kLine = 64, kSmallest = std::size_t{64} << 10, kMostBytes = std::size_t{128} << 20;
+constexpr std::size_t kLine = 64, kPage = 4096, kSmallest = std::size_t{64} << 10, kMostBytes = std::size_t{128} << 20;
 
 // Address sanitizers see what is outside an allocation, not what is outside of its used part.
 #ifdef __SANITIZE_ADDRESS__
@@ -25,7 +25,7 @@ Kept* newest = nullptr;
 }  // namespace
 
 std::size_t memory_taken(std::size_t bytes) {
-  const std::size_t unit = bytes >= kHugePage ? kHugePage : kLine;
+  const std::size_t unit = bytes >= kHugePage ? kPage : kLine;
   return bytes == 0 ? unit : (bytes + unit - 1) / unit * unit;
 }
 
@@ -40,8 +40,8 @@ void* take_memory(std::size_t wanted) {
         return found;
       }
   }
-  void* const data = std::aligned_alloc(bytes >= kHugePage ? kHugePage : kLine, bytes);
-  if (data == nullptr) throw std::bad_alloc();
+  void* data = nullptr;  // posix_memalign: aligned_alloc wants sizes that are multiples of the alignment
+  if (posix_memalign(&data, bytes >= kHugePage ? kHugePage : kLine, bytes) != 0) throw std::bad_alloc();
   prefer_huge_pages(data, bytes);
   return data;
 }

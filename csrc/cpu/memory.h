@@ -26,7 +26,7 @@ inline void prefer_huge_pages(void* data, std::size_t bytes) {
 // arithmetic. Throws std::bad_alloc like new.
 void* take_memory(std::size_t bytes);
 void give_memory(void* data, std::size_t bytes);
-std::size_t memory_taken(std::size_t bytes);  // whole cache lines or huge pages
+std::size_t memory_taken(std::size_t bytes);  // whole cache lines or pages
 
 // An uninitialised array.
 template <class T>
