@@ -430,6 +430,11 @@ def test_mismatching_checkpoints_are_refused(tmp_path: Path) -> None:
     (folder / "config.json").write_text(tiny(checkpoint_every=5, n_steps=4).to_json())
     with pytest.raises(checkpoint.CheckpointError, match="does not belong to the run"):
         training.fit(folder, DIGITS)
+    with pytest.raises(checkpoint.CheckpointError, match="does not belong to the run"):
+        training.load_model(folder)
+    path = folder / "checkpoint.safetensors"
+    tensors, state = checkpoint.load(path)
+    checkpoint.save(path, tensors, {**state, "config": {**state["config"], "n_steps": 4}})
     with pytest.raises(checkpoint.CheckpointError, match=r"does not fit the network .*\[3, 8, 8, 3, 3\]"):
         training.load_model(folder)
 
@@ -438,7 +443,7 @@ def test_weights_are_no_checkpoint(tmp_path: Path) -> None:
     folder = start(tmp_path / "run", tiny())
     training.fit(folder, DIGITS)
     (folder / "model.safetensors").replace(folder / "checkpoint.safetensors")
-    with pytest.raises(checkpoint.CheckpointError, match="does not belong to the run"):
+    with pytest.raises(checkpoint.CheckpointError, match="holds weights only, no training that could go on"):
         training.fit(folder, DIGITS)
 
 
