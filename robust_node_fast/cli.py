@@ -16,14 +16,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, get_type_hints
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import nn
 
 from robust_node_fast import _backends, data, robustness, training
+from robust_node_fast import reproduce as reproduction
 from robust_node_fast.certify import Summary, linf_certified, summarise
 from robust_node_fast.training import Outcome, TrainConfig
+from robust_node_fast.training.checkpoint import replace_file
 
 app = typer.Typer(
     name="rnf",
@@ -32,6 +35,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+reproduce_app = typer.Typer(no_args_is_help=True, help="Train, evaluate and compare what a paper compares.")
+app.add_typer(reproduce_app, name="reproduce")
 out = Console()
 if not out.is_terminal:
     out.width = 140  # a pipe or a file has no width: tables are not squeezed into 80 columns
@@ -52,7 +57,7 @@ def _reported(command: Callable[..., None]) -> Callable[..., None]:
             with warnings.catch_warnings():
                 warnings.showwarning = lambda message, *_, **__: _say(f"note: {message}")
                 command(*args, **kwargs)
-        except (data.DataError, training.RunError, training.CheckpointError) as error:
+        except (data.DataError, reproduction.CellError, training.RunError, training.CheckpointError) as error:
             _fail(str(error), 1)
         except training.Interrupted as stopped:
             _fail(str(stopped), 128 + stopped.signal)
@@ -223,7 +228,7 @@ def _progress(task: str, total: int) -> Iterator[Callable[[int, str], None]]:
 def fit_with_progress(folder: Path, dataset: data.Dataset, *, tensorboard: bool = False) -> Outcome:
     """``training.fit`` under a progress bar on stderr."""
     config = training.load_config(folder)
-    steps = config.epochs * -(-len(dataset.train_labels) // config.batch_size)
+    steps = config.epochs * -(-len(dataset.train_labels[: config.train_samples]) // config.batch_size)
     with _progress(f"train {config.network}", steps) as update:
         return training.fit(
             folder,
@@ -394,6 +399,106 @@ def _print_certificates(title: str, found: Summary) -> None:
     for quantile, radius in found.radius_quantiles.items():
         table.add_row(f"radius, {quantile:.0%} quantile", f"{radius:.4g}")
     out.print(table)
+
+
+@reproduce_app.command()
+@_reported
+def cnode(
+    *,
+    dataset: Annotated[Literal["digits", "mnist", "fashionmnist"], typer.Option(help="Data set.")] = "mnist",
+    seeds: Annotated[int, typer.Option(min=1, help="Number of training seeds.")] = 3,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Rows, or what some begin with: grid, grid/identity, grid/identity/2, rho, ... (repeat for several).",
+            show_default="all",
+        ),
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Passes over the training set.", show_default="the recipe's")
+    ] = None,
+    train_samples: Annotated[int | None, typer.Option(help="First training images.", show_default="all")] = None,
+    attack_samples: Annotated[
+        int | None,
+        typer.Option(min=1, help="First test images, for attacks only; all else takes all.", show_default="all"),
+    ] = None,
+    out_folder: Annotated[
+        Path | None, typer.Option("--out", help="Folder for everything.", show_default="runs/reproduce-<dataset>")
+    ] = None,
+    data_root: Annotated[
+        Path | None, typer.Option(help=TrainConfig.__dataclass_fields__["data_root"].metadata["help"])
+    ] = None,
+    backend: Backend = None,
+) -> None:
+    """Contractive Neural ODEs (arXiv 2508.11432): train and evaluate what is compared, cell by cell, and sum it up.
+
+    Stopped or killed, the same command goes on where it was: finished cells are files that are not computed again.
+    """
+    budget = {"epochs": epochs, "train_samples": train_samples}
+    given = {name: value for name, value in budget.items() if value is not None}
+    try:
+        cells = reproduction.cells(dataset, seeds=seeds, only=only or (), attack_samples=attack_samples, **given)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    _choose(backend)
+    images = data.load(dataset, data_root)
+    folder = out_folder or Path("runs") / f"reproduce-{dataset}"
+    with training.writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()  # before minutes of work rather than after them
+    unique = {cell.name: cell for cell in cells}
+    loaded = {name: reproduction.load(cell, folder) for name, cell in unique.items()}
+    results = {name: result for name, result in loaded.items() if result is not None}
+    _say(f"{len(results)} of {len(unique)} cells are done")
+    with _progress("reproduce", len(unique)) as update:
+        for name, cell in unique.items():
+            if name in results:
+                continue
+            try:
+                result = reproduction.compute(cell, folder, images, on_progress=functools.partial(update, len(results)))
+            except (training.Interrupted, KeyboardInterrupt) as stopped:
+                number = stopped.signal if isinstance(stopped, training.Interrupted) else signal.SIGINT
+                _fail(f"{str(stopped) or 'stopped by SIGINT'}; the same command goes on", 128 + number)
+            except ValueError as error:
+                _fail(f"{cell.label} cannot be evaluated: {error}", 1)
+            results[name] = result
+            _say(f"{len(results)} of {len(unique)}: {cell.label}, {result.seconds:.0f} s, {result.report.verdict}")
+            update(len(results), cell.label)
+    for part, rows in reproduction.by_row(cells, results).items():
+        (first, *others), *lines = reproduction.table(rows, spread=False)
+        shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, title=f"{part}, {dataset}")
+        shown.add_column(first, no_wrap=True)
+        for heading in others:
+            shown.add_column(heading.replace(" ", "\n"), justify="right")
+        for line in lines:
+            shown.add_row(*line)
+        out.print(shown)
+    _write_summary(cells, results, folder / "summary.md")
+
+
+@reproduce_app.command()
+@_reported
+def summary(
+    folders: Annotated[list[Path], typer.Argument(help="Folders of `rnf reproduce cnode`.")],
+    *,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of training seeds that there are to be.")] = 3,
+    output: Annotated[Path, typer.Option(help="Markdown file to write.")] = Path("docs/results.md"),
+) -> None:
+    """One page of the cells there are, for MNIST and FashionMNIST, beside the paper's claims; it names the missing."""
+    cells = [cell for dataset in ("mnist", "fashionmnist") for cell in reproduction.cells(dataset, seeds=seeds)]
+    found = [(cell, reproduction.read(cell, folder)) for cell in cells for folder in folders]
+    results = {cell.name: result for cell, result in found if result is not None}
+    others = [path for folder in folders for path in sorted(folder.glob("cells/*.json")) if path.stem not in results]
+    if others:
+        _say(f"note: {len(others)} cells of other settings are left out, {others[0]} for one")
+    _write_summary(cells, results, output)
+
+
+def _write_summary(cells: list[reproduction.Cell], results: dict[str, reproduction.CellResult], path: Path) -> None:
+    with training.writing(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, reproduction.markdown(cells, results).encode())
+    _say(f"wrote {path}, {len(results)} of {len({cell.name for cell in cells})} cells")
 
 
 @app.command()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from robust_node_fast import _checks, functional, reference
 
-__all__ = ["EulerConvFlow", "PadChannels", "SmoothLeakyReLU", "center_bias_", "contractive_init_"]
+__all__ = ["EulerConvFlow", "PadChannels", "SmoothLeakyReLU", "authors_init_", "center_bias_", "contractive_init_"]
 
 
 class SmoothLeakyReLU(nn.Module):
@@ -274,4 +274,25 @@ def contractive_init_(flow: EulerConvFlow, rate: float, norm: str = "2") -> Eule
     centre = flow.kernel_size // 2
     flow.weight.zero_()
     flow.weight[..., centre, centre].diagonal(dim1=-2, dim2=-1).fill_(-rate / (2.0 * flow.slope[0]))
+    return flow
+
+
+@torch.no_grad()
+def authors_init_(flow: EulerConvFlow) -> EulerConvFlow:
+    """``-5 * eye(k)`` as each of the C * C filters of every step. Biases stay as they are.
+
+    Far from contractive: ``relu(rho - 10 a + b (2 C k - 2) 5)`` a channel in norm "2", 18,480 for the MNIST network at
+    ``rho = 2``.
+
+    Args:
+        flow: changed in place and returned.
+
+    Raises:
+        TypeError: ``flow`` is no EulerConvFlow.
+
+    Source: what the published code of arXiv 2508.11432 starts its contractive network from, and only that one.
+    """
+    if not isinstance(flow, EulerConvFlow):
+        raise TypeError(f"flow is a {type(flow).__name__}, expected an EulerConvFlow")
+    flow.weight.copy_(-5.0 * torch.eye(flow.kernel_size, dtype=flow.weight.dtype, device=flow.weight.device))
     return flow

@@ -302,8 +302,13 @@ def test_broken_weights(run: Path) -> None:
 def test_weights_of_another_network(run: Path) -> None:
     other = dataclasses.replace(training.load_config(run), n_steps=5)
     (run / "config.json").write_text(other.to_json())
-    assert_sentence(rnf("evaluate", run), "model.safetensors does not fit the network")
+    assert_sentence(rnf("evaluate", run), "model.safetensors does not belong to the run")
     assert_sentence(rnf("train", "--resume", run), "checkpoint.safetensors does not belong to the run")
+    tensors, _ = checkpoint.load(run / "model.safetensors")
+    checkpoint.save(run / "model.safetensors", tensors, {"config": dataclasses.asdict(other)})
+    assert_sentence(rnf("evaluate", run), "model.safetensors does not fit the network")
+    checkpoint.save(run / "checkpoint.safetensors", tensors, {"config": dataclasses.asdict(other)})
+    assert_sentence(rnf("train", "--resume", run), "checkpoint.safetensors holds weights only")
 
 
 def test_nan_weights(run: Path) -> None:

@@ -176,6 +176,22 @@ def test_contractive_init_meets_the_condition_with_equality(norm: str, shared: b
 
 
 @pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("kernel", [1, 3, 5])
+def test_authors_init_is_a_diagonal_in_every_filter(shared: bool, kernel: int) -> None:
+    flow = rnf.nn.EulerConvFlow(6, 3, 0.1, kernel_size=kernel, shared_weights=shared)
+    assert flow.bias is not None
+    bias = flow.bias.detach().clone()
+    assert rnf.nn.authors_init_(flow) is flow
+    assert torch.equal(flow.bias, bias)
+    assert torch.equal(flow.weight, -5.0 * torch.eye(kernel).expand(flow.weight.shape))
+    row = 6 * kernel * 5.0 - 5.0  # the sum of a row, and of a column, without its centre
+    by_hand = (1 if shared else 3) * 6 * (2.0 - 2 * 0.1 * 5.0 + 2 * row)
+    assert flow.contraction_penalty(rate=2.0).item() == pytest.approx(by_hand, rel=1e-6)
+    with pytest.raises(TypeError, match="flow is a Conv2d, expected an EulerConvFlow"):
+        rnf.nn.authors_init_(torch.nn.Conv2d(1, 1, 1))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("n_steps", "step_size"), [(10, 0.01), (16, 0.1), (7, 1 / 3)])
 def test_vector_field_under_torchdiffeq_gives_the_same_states(

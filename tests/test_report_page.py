@@ -176,4 +176,8 @@ def test_report_of_an_evaluation_shows_its_first_images() -> None:
     assert torch.equal(clean.images, images[:8])
     assert clean.predicted == clean.labels == tuple(labels[:8].tolist())
     assert fgsm.predicted == tuple((1 - labels[:8]).tolist())
-    assert torch.equal(fgsm.images, torch.where(labels[:8, None, None, None] == 0, 1.0, 0.0).expand(8, 1, 5, 5))
+    sign = torch.where(labels[:8, None, None, None] == 0, 1.0, -1.0)
+    near, far = ((images[:8] + eps * sign).clamp(0.0, 1.0) for eps in (0.1, 1.0))
+    fell = (near.mean((1, 2, 3)) > 0.5).long() != labels[:8]
+    # An image is shown as the smallest radius broke it.
+    assert torch.equal(fgsm.images, torch.where(fell[:, None, None, None], near, far))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from robust_node_fast import data, models, robustness
-from robust_node_fast.robustness import attacks, auto_attack, suite
+from robust_node_fast.robustness import attacks, auto_attack, suite, tally
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -267,6 +269,47 @@ def test_a_restart_leaves_alone_what_is_fooled() -> None:
     assert Counted.seen == [3, 3, 3, 1, 1, 1, 1, 1, 1]
 
 
+@pytest.mark.parametrize("norm", ["inf", "2"])
+def test_pgd_stops_at_the_first_iterate_that_fools(norm: str, trained: nn.Module, digits: data.Dataset) -> None:
+    images, labels = digits.test_images[:100], digits.test_labels[:100]
+    eps = {"inf": 0.1, "2": 0.5}[norm]
+    options: dict[str, Any] = {"step_size": eps / 5, "n_steps": 12, "norm": norm}
+    full = robustness.pgd(trained, images, labels, eps, generator=generator(), **options)
+    found = robustness.pgd(trained, images, labels, eps, target=trained, generator=generator(), **options)
+    fooled, lost = (trained(x).argmax(1) != labels for x in (found, full))
+    assert 5 < int(fooled.sum()) < 95
+    assert bool((fooled | ~lost).all())  # nothing that the end would have found is missed
+    torch.testing.assert_close(found[~fooled], full[~fooled])  # all others took every step
+    assert int((found != full).flatten(1).any(1).sum()) > 5
+
+
+def test_an_iterate_that_fools_the_target_counts_where_the_end_would_not() -> None:
+    class Climb(nn.Module):
+        """Class 1 wins nowhere; the brighter, the closer it comes."""
+
+        def forward(self, input: Tensor) -> Tensor:
+            x = input.flatten(1).sum(1)
+            return torch.stack([torch.full_like(x, 2.0), x], 1)
+
+    class Band(nn.Module):
+        """Class 1 only between 0.55 and 0.65."""
+
+        def forward(self, input: Tensor) -> Tensor:
+            x = input.flatten(1).sum(1)
+            return torch.stack([torch.zeros_like(x), 0.05 - (x - 0.6).abs()], 1)
+
+    images, labels = torch.full((50, 1, 1, 1), 0.4), torch.zeros(50, dtype=torch.int64)
+    options: dict[str, Any] = {"step_size": 0.08, "n_steps": 9}
+    source, target = Climb().eval(), Band().eval()
+    end = robustness.pgd(source, images, labels, 0.5, generator=generator(), **options)
+    assert bool((target(end).argmax(1) == 0).all())
+    tried = robustness.pgd(source, images, labels, 0.5, target=target, generator=generator(), **options)
+    start = robustness.pgd(source, images, labels, 0.5, step_size=0.0, n_steps=1, generator=generator())
+    assert torch.equal(target(tried).argmax(1) == 1, start.flatten() <= 0.65)  # 0.08 is too short to leap the band
+    with pytest.raises(ValueError, match=r"target is in training mode, expected target.eval\(\)"):
+        robustness.pgd(source, images, labels, 0.5, target=Band(), generator=generator(), **options)
+
+
 # --- the Square attack -------------------------------------------------------------------------------------------
 
 
@@ -489,15 +532,17 @@ def test_accuracies_are_those_of_the_parts(report: robustness.Report, trained: n
     assert report.accuracy("clean") == accuracy(images) > 0.85
     fgsm = robustness.fgsm(trained, images, labels, 0.15)
     assert report.accuracy("fgsm", 0.15) == accuracy(fgsm)
-    start = generator(3)
-    pgd = torch.cat(
-        [
-            robustness.pgd(trained, x, y, 0.15, step_size=2.5 * 0.15 / 40, generator=start)
-            for x, y in zip(images.split(128), labels.split(128), strict=True)
-        ]
-    )
-    assert report.accuracy("pgd", 0.15) == accuracy(pgd)
-    assert report.accuracy("worst case", 0.15) == int((right(images) & right(fgsm) & right(pgd)).sum()) / 200
+    stands = right(images)
+    for eps in (0.05, 0.15):  # what lost before is spared
+        start, found = generator(3), []
+        for x, y, left in zip(images.split(128), labels.split(128), stands.split(128), strict=True):
+            options: dict[str, Any] = {"step_size": 2.5 * eps / 40, "target": trained, "generator": start}
+            found.append(
+                x.index_copy(0, left.nonzero()[:, 0], robustness.pgd(trained, x[left], y[left], eps, **options))
+            )
+        stands = stands & right(torch.cat(found))
+        assert report.accuracy("pgd", eps) == int(stands.sum()) / 200
+    assert report.accuracy("worst case", 0.15) == int((right(fgsm) & stands).sum()) / 200
     for k, seed in enumerate((3, 4)):
         noise = generator(seed)
         noisy = torch.cat([robustness.gaussian(x, 0.3, noise, clip=False) for x in images.split(128)])
@@ -576,12 +621,107 @@ def test_transfer_from_another_model(trained: nn.Module, digits: data.Dataset) -
     sources = {"itself": trained, "other": other}
     found = robustness.evaluate(trained, (images, labels), suite="quick", eps=0.2, sources=sources)
     assert found.accuracy("pgd on itself", 0.2) == found.accuracy("pgd", 0.2) < found.accuracy("pgd on other", 0.2)
-    attacked = robustness.pgd(other, images, labels, 0.2, step_size=2.5 * 0.2 / 10, n_steps=10, generator=generator())
-    assert found.accuracy("pgd on other", 0.2) == float((trained(attacked).argmax(1) == labels).double().mean())
+    right = trained(images).argmax(1) == labels
+    options: dict[str, Any] = {"step_size": 2.5 * 0.2 / 10, "n_steps": 10, "target": trained, "generator": generator()}
+    attacked = robustness.pgd(other, images[right], labels[right], 0.2, **options)
+    stands = int((trained(attacked).argmax(1) == labels[right]).sum())
+    assert found.accuracy("pgd on other", 0.2) == stands / 60 < int(right.sum()) / 60
     assert "white box <= pgd on other at l_inf eps 0.2" in [check.name for check in found.checks]
     assert found.settings["sources"] == ["itself", "other"]
+    some = robustness.evaluate(
+        trained, (images, labels), suite="quick", eps=(0.1, 0.2), sources={"other": other}, transfer_eps=[0.2]
+    )
+    assert [result.strength for result in some.results if result.name == "pgd on other"] == [0.2]
+    with pytest.raises(ValueError, match=r"transfer_eps=\[0.3\] names a radius that is not in eps=\[0.1, 0.2\]"):
+        robustness.evaluate(trained, (images, labels), eps=(0.1, 0.2), sources={"other": other}, transfer_eps=[0.3])
     with pytest.raises(ValueError, match="source 'other' is in training mode"):
         robustness.evaluate(trained, (images, labels), sources={"other": other.train()})
+
+
+def test_what_has_lost_is_spared(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, float, list[float]]] = []
+
+    def recorded(attack: suite.Attack) -> suite.Attack:
+        def run(model: nn.Module, images: Tensor, labels: Tensor, eps: float, generator: torch.Generator) -> Tensor:
+            asked.append((attack.name, eps, images.flatten().tolist()))
+            return attack.run(model, images, labels, eps, generator)
+
+        return dataclasses.replace(attack, run=run)
+
+    attacks = recorded(suite._fgsm("inf")), recorded(suite._pgd(n_steps=10))
+    monkeypatch.setitem(suite.SUITES, "quick", suite.Suite((), attacks))
+    wrong, falls_at_1, falls_at_4, stands = pixels = [0.25, 0.5625, 0.75, 1.0]
+    images, labels = torch.tensor(pixels)[:, None, None, None], torch.ones(4, dtype=torch.int64)
+    model = Linear(torch.ones(1), bias=-0.5).eval()
+    found = robustness.evaluate(model, (images, labels), suite="quick", eps=(0.4, 0.1), seeds=[0])
+    assert asked[:4] == [
+        ("fgsm", 0.1, pixels),
+        ("pgd", 0.1, [falls_at_1, falls_at_4, stands]),
+        ("fgsm", 0.4, [wrong, falls_at_4, stands]),  # that it helps nobody is a check
+        ("pgd", 0.4, [falls_at_4, stands]),
+    ]
+    for name in ("fgsm", "pgd", "worst case"):
+        assert [found.accuracy(name, eps) for eps in (0.1, 0.4)] == [0.5, 0.25]
+
+
+def test_certificates_are_sought_where_the_smaller_radius_has_one() -> None:
+    asked: list[tuple[float, int]] = []
+
+    def certify(model: nn.Module, images: Tensor, labels: Tensor, eps: float) -> Tensor:
+        asked.append((eps, len(images)))
+        return images.flatten(1)[:, 0] > (0.9 if eps == 0.01 else 0.5)  # more at the larger radii: nonsense
+
+    images, labels = torch.linspace(0, 1, 21)[:, None, None, None], torch.ones(21, dtype=torch.int64)
+    model = Linear(torch.ones(1), bias=1.0).eval()
+    found = robustness.evaluate(model, (images, labels), eps=(0.02, 0.01, 0.03), certify=certify, seeds=[0])
+    assert asked == [(0.01, 21), (0.02, 2), (0.03, 2)]
+    assert [found.accuracy("certified", eps) for eps in (0.01, 0.02, 0.03)] == [2 / 21] * 3
+
+
+@pytest.mark.parametrize("broken", [None, "truncated", "another model", "another call"])
+def test_an_evaluation_goes_on_where_it_was_killed(
+    broken: str | None, trained: nn.Module, digits: data.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tally, "SAVE_SECONDS", 0.0)
+    path = tmp_path / "evaluation.safetensors"
+    other = models.MNISTNode(image_size=8, n_steps=1).eval()
+    options: dict[str, Any] = {"suite": "quick", "eps": (0.05, 0.2), "sources": {"other": other}, "batch_size": 5}
+    options |= {"certify": lambda model, images, labels, eps: labels < 2, "attack_samples": 13}
+    pair = (digits.test_images[:20], digits.test_labels[:20])
+    whole = robustness.evaluate(trained, pair, **options)
+    for killed_at in (5, 15):
+
+        def kill(done: int, killed_at: int = killed_at) -> None:
+            if done == killed_at:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            robustness.evaluate(trained, pair, checkpoint=path, on_batch=kill, **options)
+    model, expected, left = trained, whole, [20]
+    if broken is not None:
+        left = [5, 10, 15, 20]
+    if broken == "truncated":
+        path.write_bytes(path.read_bytes()[:-50])
+    elif broken == "another model":
+        model = models.MNISTNode(image_size=8, n_steps=2).eval()
+        expected = robustness.evaluate(model, pair, **options)
+    elif broken == "another call":
+        options["eps"] = 0.2
+        expected = robustness.evaluate(trained, pair, **options)
+    done: list[int] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = robustness.evaluate(model, pair, checkpoint=path, on_batch=done.append, **options)
+    assert done == left
+    assert found == expected
+    for ours, theirs in zip(found.examples, expected.examples, strict=True):
+        assert (ours.test, ours.labels, ours.predicted) == (theirs.test, theirs.labels, theirs.predicted)
+        assert torch.equal(ours.images, theirs.images)
+    said = [str(warning.message) for warning in caught]
+    assert len(said) == (broken is not None)
+    assert all("evaluation.safetensors is " in sentence for sentence in said)
+    with pytest.raises(ValueError, match="checkpoint needs data as a pair"):
+        robustness.evaluate(trained, [pair], checkpoint=path, **options)
 
 
 def test_certificates_are_held_against_every_attack() -> None:
@@ -729,6 +869,35 @@ def test_mean_and_spread() -> None:
     assert result.mean == pytest.approx(0.7)
     assert result.std == pytest.approx(0.2)
     assert robustness.Result("clean", 0.0, (0.5,), {}).std == 0.0
+
+
+def test_a_report_is_read_back(report: robustness.Report) -> None:
+    again = robustness.Report.from_json(report.to_json())
+    assert again == report
+    assert again.to_markdown() == report.to_markdown()
+    assert again.examples == ()
+
+
+@pytest.mark.parametrize("attack_samples", [1, 30, 50, 70])
+def test_attacks_of_the_first_images_only(attack_samples: int, trained: nn.Module, digits: data.Dataset) -> None:
+    images, labels = digits.test_images[:60], digits.test_labels[:60]
+
+    def certify(model: nn.Module, images: Tensor, labels: Tensor, eps: float) -> Tensor:
+        return labels < 4
+
+    def found(n: int, attacked: int | None) -> robustness.Report:
+        pair = (images[:n], labels[:n])
+        return robustness.evaluate(
+            trained, pair, suite="quick", eps=0.1, certify=certify, attack_samples=attacked, batch_size=20
+        )
+
+    few, alone, whole = found(60, attack_samples), found(min(60, attack_samples), None), found(60, None)
+    for name, strength in (("clean", 0.0), ("gaussian", 0.2), ("certified", 0.1)):
+        assert few.accuracy(name, strength) == whole.accuracy(name, strength)
+    for name in ("fgsm", "pgd", "worst case"):
+        assert few.accuracy(name, 0.1) == alone.accuracy(name, 0.1)
+    said = [note for note in few.notes if note.startswith("Attacks ran on")]
+    assert said == ([] if attack_samples > 60 else [f"Attacks ran on the first {attack_samples} of 60 images."])
 
 
 def test_report_formats(report: robustness.Report, trained: models.MNISTNode, tmp_path: Path) -> None:

@@ -258,6 +258,20 @@ def test_changed_environment_is_said(tmp_path: Path) -> None:
         training.fit(folder, DIGITS)
 
 
+def test_a_setting_that_is_newer_than_a_run_has_its_default(tmp_path: Path) -> None:
+    folder = start(tmp_path / "run", tiny())
+    first = training.fit(folder, DIGITS)
+    content = json.loads((folder / "config.json").read_text())
+    del content["regularizer"]
+    (folder / "config.json").write_text(json.dumps(content))
+    for name in ("checkpoint.safetensors", "model.safetensors"):
+        tensors, state = checkpoint.load(folder / name)
+        del state["config"]["regularizer"]
+        checkpoint.save(folder / name, tensors, state)
+    assert training.load_model(folder)[1] == first.config
+    assert training.fit(folder, DIGITS) == first
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_step_and_saves(number: signal.Signals, tmp_path: Path) -> None:
     folder = start(tmp_path / "run", tiny())
@@ -416,6 +430,11 @@ def test_mismatching_checkpoints_are_refused(tmp_path: Path) -> None:
     (folder / "config.json").write_text(tiny(checkpoint_every=5, n_steps=4).to_json())
     with pytest.raises(checkpoint.CheckpointError, match="does not belong to the run"):
         training.fit(folder, DIGITS)
+    with pytest.raises(checkpoint.CheckpointError, match="does not belong to the run"):
+        training.load_model(folder)
+    path = folder / "checkpoint.safetensors"
+    tensors, state = checkpoint.load(path)
+    checkpoint.save(path, tensors, {**state, "config": {**state["config"], "n_steps": 4}})
     with pytest.raises(checkpoint.CheckpointError, match=r"does not fit the network .*\[3, 8, 8, 3, 3\]"):
         training.load_model(folder)
 
@@ -424,7 +443,7 @@ def test_weights_are_no_checkpoint(tmp_path: Path) -> None:
     folder = start(tmp_path / "run", tiny())
     training.fit(folder, DIGITS)
     (folder / "model.safetensors").replace(folder / "checkpoint.safetensors")
-    with pytest.raises(checkpoint.CheckpointError, match="does not belong to the run"):
+    with pytest.raises(checkpoint.CheckpointError, match="holds weights only, no training that could go on"):
         training.fit(folder, DIGITS)
 
 
@@ -528,6 +547,9 @@ def test_recipes() -> None:
         ({"grad_clip": -0.5}, "grad_clip=-0.5 is out of range, expected a number >= 0"),
         ({"epochs": 0}, "epochs=0 is too small, expected at least 1"),
         ({"n_steps": 0}, "n_steps=0 is too small"),
+        ({"train_samples": 0}, "train_samples=0 is too small"),
+        ({"init": "zero"}, "init='zero' is unknown, expected one of 'centered', 'default', 'identity', 'authors'"),
+        ({"regularizer": "hessian"}, "regularizer='hessian' is unknown"),
         ({"step_size": 0.0}, "step_size=0.0 is out of range"),
         ({"milestones": [0]}, r"milestones=\[0\] is not a list of epochs"),
         ({"norm": "3"}, "norm='3' is unknown, expected one of"),

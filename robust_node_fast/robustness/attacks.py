@@ -2,7 +2,7 @@
 
 Gradients go through the discrete Euler steps and only to the input: while an attack runs, no parameter requires a
 gradient, so that the fused backward skips the weights. An attack on one model is a transfer attack on any other: what
-``pgd(source, images, labels, ...)`` gives, another network can be asked to classify.
+``pgd(source, images, labels, ...)`` gives, another network can be asked to classify, at the end or on the way.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def fgsm(model: nn.Module, images: Tensor, labels: Tensor, eps: float, *, norm: 
     _inputs.check_radius("eps", eps)
     _checks.choice("norm", norm, _inputs.NORMS)
     with _inputs.attacked(model, images, labels):
-        gradient = _gradient(model, images, labels, "cross-entropy")
+        gradient, _ = _gradient(model, images, labels, "cross-entropy")
     return (images + eps * _direction(gradient, norm)).clamp(0.0, 1.0)
 
 
@@ -69,23 +69,29 @@ def pgd(
     n_restarts: int = 1,
     norm: str = "inf",
     loss: str = "cross-entropy",
+    target: nn.Module | None = None,
     generator: torch.Generator,
 ) -> Tensor:
     """``n_steps`` gradient steps from a random start, each projected to the ball and to [0, 1].
 
     ``x <- clip(project(x + step_size * sign(gradient)))`` in l_inf, ``gradient / ||gradient||_2`` for the sign in l_2
     (Madry et al., arXiv 1706.06083). Per image the end is kept that fools the model, and of several that do not the
-    one with the largest loss; an image that is fooled is not attacked again by the restarts that follow.
+    one with the largest loss; an image that fools is not attacked again by the restarts that follow.
+
+    With ``target``, an image takes no further step from the first iterate that fools this network: what has lost on the
+    way need not lose at the end. ``target=model`` is PGD that stops; another network makes a transfer attack in which
+    every iterate is tried.
 
     Args:
         model, images, labels, eps, norm: as in ``fgsm``.
         step_size: length of a step in ``norm``, >= 0. It decides how strong the attack is and has no default.
         n_steps, n_restarts: at least 1.
         loss: that is climbed, ``"cross-entropy"`` or ``"margin"``.
+        target: in eval mode; decides what fools. None: ``model``, and all steps are taken.
         generator: on the CPU; of the random starts, uniform in the ball.
 
     Raises:
-        TypeError, ValueError: as ``fgsm``, and for ``step_size``, ``n_steps``, ``n_restarts`` and ``loss``.
+        TypeError, ValueError: as ``fgsm``, and for ``step_size``, ``n_steps``, ``n_restarts``, ``loss`` and ``target``.
     """
     _inputs.check_radius("eps", eps)
     _inputs.check_radius("step_size", step_size)
@@ -93,36 +99,57 @@ def pgd(
     _inputs.check_count("n_restarts", n_restarts)
     _checks.choice("norm", norm, _inputs.NORMS)
     _checks.choice("loss", loss, tuple(LOSSES))
+    if target is not None:
+        _inputs.check_model(target, "target")
+
+    def fools(adversarial: Tensor, right: Tensor, logits: Tensor) -> Tensor:
+        """``logits`` are ``model``'s."""
+        if target is not None and target is not model:
+            logits = _logits(target, adversarial, right)
+        return logits.argmax(1) != right
+
     with _inputs.attacked(model, images, labels):
         best, best_loss = images.clone(), torch.full(labels.shape, -torch.inf, device=images.device)
         fooled = torch.zeros_like(labels, dtype=torch.bool)
         for _ in range(n_restarts):
-            start = images + eps * _in_unit_ball(images, norm, generator)
+            start = (images + eps * _in_unit_ball(images, norm, generator)).clamp(0.0, 1.0)
             left = (~fooled).nonzero()[:, 0]
             if not len(left):
                 break
-            clean, right, adversarial = images[left], labels[left], start[left].clamp(0.0, 1.0)
+            clean, right, adversarial = images[left], labels[left], start[left]
+            climbing = torch.arange(len(left), device=images.device)
             for _ in range(n_steps):
-                step = step_size * _direction(_gradient(model, adversarial, right, loss), norm)
-                adversarial = _project(adversarial + step, clean, eps, norm)
-            with torch.no_grad():
-                logits = model(adversarial)
-                height = LOSSES[loss](logits, right).to(best_loss)
-            fools = logits.argmax(1) != right
-            better = fools | (height > best_loss[left])
+                gradient, logits = _gradient(model, adversarial[climbing], right[climbing], loss)
+                if target is not None:
+                    stands = ~fools(adversarial[climbing], right[climbing], logits)
+                    climbing, gradient = climbing[stands], gradient[stands]
+                    if not len(climbing):
+                        break
+                step = step_size * _direction(gradient, norm)
+                adversarial[climbing] = _project(adversarial[climbing] + step, clean[climbing], eps, norm)
+            logits = _logits(model, adversarial, right)
+            height = LOSSES[loss](logits, right).to(best_loss)
+            fooled[left] = fools(adversarial, right, logits)
+            better = fooled[left] | (height > best_loss[left])
             best[left[better]], best_loss[left[better]] = adversarial[better], height[better]
-            fooled[left] = fools
     return best
 
 
-def _gradient(model: nn.Module, images: Tensor, labels: Tensor, loss: str) -> Tensor:
-    """Of every image's loss to the image, ``(B, C, H, W)``."""
+def _gradient(model: nn.Module, images: Tensor, labels: Tensor, loss: str) -> tuple[Tensor, Tensor]:
+    """Of every image's loss to the image, ``(B, C, H, W)``, and the logits."""
     with torch.enable_grad():
         images = images.detach().requires_grad_()
         logits = model(images)
         _inputs.check_logits(logits, labels)
         (gradient,) = torch.autograd.grad(LOSSES[loss](logits, labels).sum(), images)
-    return gradient
+    return gradient, logits.detach()
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    logits = model(images)
+    _inputs.check_logits(logits, labels)
+    return logits
 
 
 def _direction(gradient: Tensor, norm: str) -> Tensor:

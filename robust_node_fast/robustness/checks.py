@@ -56,4 +56,4 @@ def at_large_radius(model: nn.Module, attacks: Sequence[Attack], images: Tensor,
 
 
 def _attacked(attack: Attack, model: nn.Module, images: Tensor, labels: Tensor, eps: float) -> Tensor:
-    return attack.run(attack.source or model, images, labels, eps, torch.Generator().manual_seed(0))
+    return attack.run(model, images, labels, eps, torch.Generator().manual_seed(0))

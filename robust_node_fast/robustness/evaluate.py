@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -12,53 +12,17 @@ from torch import Tensor, nn
 from robust_node_fast import _checks
 from robust_node_fast._version import __version__
 from robust_node_fast.robustness import auto_attack, checks
-from robust_node_fast.robustness._inputs import check_batch, check_model, check_radius, predict
-from robust_node_fast.robustness.report import Check, Example, Report, Result
+from robust_node_fast.robustness._inputs import check_batch, check_count, check_model, check_radius, predict
+from robust_node_fast.robustness.report import Check, Report
 from robust_node_fast.robustness.suite import BALLS, SUITES, Attack, transferred
+from robust_node_fast.robustness.tally import Progress, Tally
+from robust_node_fast.training.checkpoint import digest
 
 __all__ = ["evaluate"]
 
-SHOWN = 8  # images in the report
-
 Batch = tuple[Tensor, Tensor]
 Certify = Callable[[nn.Module, Tensor, Tensor, float], Tensor]
-
-
-@dataclass(eq=False)
-class _Test:
-    """One line of the report: its random numbers, what it counted so far, and the first images of it."""
-
-    name: str
-    strength: float = 0.0
-    measure: str = ""
-    seeds: tuple[int, ...] = (0,)
-    settings: dict[str, Any] = field(default_factory=dict)
-    shown: bool = False
-    example: Example | None = None
-
-    def __post_init__(self) -> None:
-        self.generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
-        self.correct = [0] * len(self.seeds)
-
-    def classify(self, model: nn.Module, images: Tensor, labels: Tensor, seed: int = 0) -> Tensor:
-        """Which images ``(B,)`` the model gets right; counted."""
-        predicted = predict(model, images, labels)
-        if self.shown and self.example is None:
-            few = slice(SHOWN)
-            classes = tuple(labels[few].tolist()), tuple(predicted[few].tolist())
-            self.example = Example(self.result(1).label, images[few].cpu(), *classes)
-        return self.count(predicted == labels, seed)
-
-    def count(self, right: Tensor, seed: int = 0) -> Tensor:
-        self.correct[seed] += int(right.sum())
-        return right
-
-    def accuracy(self, n_samples: int) -> float:
-        return self.result(n_samples).mean
-
-    def result(self, n_samples: int) -> Result:
-        per_seed = tuple(correct / n_samples for correct in self.correct)
-        return Result(self.name, self.strength, per_seed, self.settings, self.measure)
+_Found = dict[tuple[str, str], tuple[Tensor, Tensor]]  # by norm and attack: images, and what the model takes them for
 
 
 class _Ball:
@@ -67,21 +31,35 @@ class _Ball:
     def __init__(self, attacks: Sequence[Attack], norm: str, eps: float, seed: int, shown: bool) -> None:
         self.norm, self.eps, measure = norm, eps, BALLS[norm]
         self.attacks = [
-            (attack, _Test(attack.name, eps, measure, (seed,), attack.settings(eps), shown))
+            (attack, Tally(attack.name, eps, measure, (seed,), attack.settings(eps), shown))
             for attack in attacks
             if attack.norm == norm
         ]
-        self.worst = _Test("worst case", eps, measure)
-        self.certified = _Test("certified", eps, measure)
-        self.iterative, self.white = _Test("iterative"), _Test("white box")  # for the checks only
-        self.broken = 0  # certified images that fell
+        self.worst = Tally("worst case", eps, measure)
+        self.certified = Tally("certified", eps, measure)
+        # For the checks only, on the attacked images, which may be fewer than all.
+        self.clean, self.iterative, self.white = Tally("clean"), Tally("iterative"), Tally("white box")
+        self.certified_attacked = Tally("certified, under attack")
 
-    def run(self, model: nn.Module, images: Tensor, labels: Tensor, unharmed: Tensor) -> Tensor:
-        """Which images survive everything."""
+    def run(self, model: nn.Module, images: Tensor, labels: Tensor, unharmed: Tensor, found: _Found) -> Tensor:
+        """Which images survive everything; ``unharmed`` says which are classified rightly.
+
+        ``found`` has what every attack made of the images in the smaller balls of this norm, and is brought up to date.
+        """
+        if not len(labels):
+            return unharmed
+        self.clean.count(unharmed)
         survives, iterative, white = unharmed, torch.ones_like(unharmed), torch.ones_like(unharmed)
-        for attack, test in self.attacks:
-            attacked = attack.run(attack.source or model, images, labels, self.eps, test.generators[0])
-            right = test.classify(model, attacked, labels)
+        for attack, tally in self.attacks:
+            adversarial, predicted = found[self.norm, attack.name]
+            with tally.timed():
+                left = predicted == labels
+                if attack.kind == "single step":
+                    left = left | ~unharmed  # that it helps none is one of the checks
+                if bool(left.any()):
+                    adversarial[left] = attack.run(model, images[left], labels[left], self.eps, tally.generators[0])
+                    predicted[left] = predict(model, adversarial[left], labels[left])
+            right = tally.classified(adversarial, labels, predicted)
             survives = survives & right
             if attack.kind == "iterative":
                 iterative = iterative & right
@@ -92,21 +70,29 @@ class _Ball:
         return self.worst.count(survives)
 
     def certify(self, certified: Tensor, survives: Tensor) -> None:
+        """``survives`` may hold fewer images: the first."""
         self.certified.count(certified)
-        self.broken += int((certified & ~survives).sum())
+        self.certified_attacked.count(survives[certified[: len(survives)]])
 
-    def tests(self, certify: Certify | None) -> list[_Test]:
+    def lines(self, certify: Certify | None) -> list[Tally]:
+        """Those of the report."""
         certified = [] if certify is None or self.norm != "inf" else [self.certified]
-        return [*(test for _, test in self.attacks), self.worst, *certified]
+        return [*(tally for _, tally in self.attacks), self.worst, *certified]
 
-    def checks(self, clean: float, n_samples: int, certify: Certify | None) -> Iterator[Check]:
-        (single,) = (test.accuracy(n_samples) for attack, test in self.attacks if attack.kind == "single step")
-        black = {attack.name: test.accuracy(n_samples) for attack, test in self.attacks if attack.kind == "black box"}
-        name, iterative = f"{BALLS[self.norm]} {self.eps:g}", self.iterative.accuracy(n_samples)
-        yield from checks.order(name, clean, single, iterative, self.white.accuracy(n_samples), black)
-        if self.certified in self.tests(certify):
-            detail = f"{self.broken} of {self.certified.correct[0]} certified images fall to an attack"
-            yield Check(f"certified <= attacked for every image at {name}", not self.broken, detail)
+    def tallies(self) -> list[Tally]:
+        """All of them."""
+        mine = [self.worst, self.certified, self.clean, self.iterative, self.white, self.certified_attacked]
+        return [*(tally for _, tally in self.attacks), *mine]
+
+    def checks(self, certify: Certify | None) -> Iterator[Check]:
+        (single,) = (tally.accuracy for attack, tally in self.attacks if attack.kind == "single step")
+        black = {attack.name: tally.accuracy for attack, tally in self.attacks if attack.kind == "black box"}
+        name = f"{BALLS[self.norm]} {self.eps:g}"
+        yield from checks.order(name, self.clean.accuracy, single, self.iterative.accuracy, self.white.accuracy, black)
+        if self.certified in self.lines(certify):
+            (tried,), (held,) = self.certified_attacked.seen, self.certified_attacked.correct
+            detail = f"{tried - held} of {tried} certified images fall to an attack"
+            yield Check(f"certified <= attacked for every image at {name}", tried == held, detail)
 
 
 def evaluate(
@@ -118,8 +104,11 @@ def evaluate(
     eps_l2: float | Sequence[float] | None = None,
     seeds: Sequence[int] = (0, 1, 2),
     sources: Mapping[str, nn.Module] | None = None,
+    transfer_eps: Sequence[float] | None = None,
     certify: Certify | None = None,
+    attack_samples: int | None = None,
     batch_size: int = 128,
+    checkpoint: Path | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> Report:
     """Accuracy on clean images, under noise and under attack, and in the worst case over all attacks image by image.
@@ -132,27 +121,38 @@ def evaluate(
     - ``"full"``: these, uniform and shot noise; PGD with 40 steps and 5 restarts, once on the cross-entropy and once on
       the margin; the Square attack with 1,000 queries (l_inf); AutoAttack, where its authors' code is installed.
 
-    PGD takes steps of ``2.5 * eps / n_steps``. The checks of ``robustness.checks`` are run on the results.
+    PGD takes steps of ``2.5 * eps / n_steps`` and leaves an image alone once an iterate is classified wrongly. An image
+    that an attack broke has lost to it at every larger radius, whose ball contains the smaller; one that is classified
+    wrongly as it is has lost to all attacks, and only the single step is tried on it. A certificate is sought at a
+    radius only for images certified at the smaller ones. With the same random starts no accuracy can be higher for it.
+    The checks of ``robustness.checks`` are run on the results.
 
     Args:
         model: in eval mode; images to logits ``(B, K)``. Runs on the device of its parameters.
         data: ``(images, labels)``, images ``(n, C, H, W)`` in [0, 1] and int64 labels ``(n,)``; or an iterable of such
             batches, which is read once.
         suite: ``"quick"``, ``"standard"`` or ``"full"``.
-        eps: l_inf radius of the attacks, or several.
+        eps: l_inf radius of the attacks, or several; taken in ascending order.
         eps_l2: l_2 radius, or several, or ``()`` for no attack in l_2; None: 0.5, 1 and 2 in the full suite, else none.
         seeds: of the noise; the spread over them is reported.
-        sources: other models, on the same device, by name: the suite's PGD is run on each, and what it finds there is
-            shown to ``model`` (transfer).
+        sources: other models, on the same device, by name: the suite's PGD climbs the loss of each, and ``model`` is
+            shown every iterate (transfer).
+        transfer_eps: those radii in ``eps`` at which it does. None: all.
         certify: ``certify(model, images, labels, eps) -> (B,) bool``, true only where no image in the l_inf ball is
             classified otherwise (``rnf.certify.linf_certified``): reported, and checked against every attack.
+        attack_samples: attacks take the first so many images, which the report says; noise and certificates take all.
+            None: attacks do, too.
         batch_size: of a pair of tensors; batches are taken as they come.
+        checkpoint: a file written every few seconds, from which the same call goes on after a kill; the caller removes
+            it. ``data`` is then a pair. A file of another evaluation or a broken one is warned about and not used.
         on_batch: called after every batch with the number of images done.
 
     Raises:
         TypeError, ValueError: ``model`` or a source is in training mode or has weights that are not finite; ``data`` is
             empty, its images and labels do not fit, are not finite or out of [0, 1], or a label is no class of the
-            model; a radius is negative; ``seeds`` is empty; unknown ``suite``; logits are not finite.
+            model; a radius is negative; ``seeds`` is empty; ``transfer_eps`` names another radius than ``eps``;
+            ``attack_samples`` is less than 1; unknown ``suite``; logits are not finite; ``checkpoint`` without a pair.
+        OSError: ``checkpoint`` cannot be written.
     """
     _checks.choice("suite", suite, tuple(SUITES))
     chosen, sources = SUITES[suite], sources or {}
@@ -164,55 +164,94 @@ def evaluate(
         raise ValueError("eps is empty, expected at least one radius")
     if not seeds:
         raise ValueError("seeds is empty, expected at least one seed")
-    attacks = [attack for attack in (*chosen.attacks, *transferred(chosen, sources)) if radii[attack.norm]]
+    if attack_samples is not None:
+        check_count("attack_samples", attack_samples)
+    transfer_radii = radii["inf"] if transfer_eps is None else _radii("transfer_eps", transfer_eps)
+    if not set(transfer_radii) <= set(radii["inf"]):
+        raise ValueError(f"transfer_eps={list(transfer_eps or ())} names a radius that is not in eps={radii['inf']}")
+    attacks = [attack for attack in chosen.attacks if radii[attack.norm]]
+    shown = transferred(chosen, sources)
     notes = []
     if not auto_attack.available() and any(attack.kind == "AutoAttack" for attack in attacks):
         attacks = [attack for attack in attacks if attack.kind != "AutoAttack"]
         notes.append(f"{auto_attack.MISSING}.")
 
-    clean = _Test("clean", shown=True)
+    clean = Tally("clean", shown=True)
     noises = [
-        (noise, _Test(noise.name, by, noise.measure, tuple(seeds), shown=by == max(noise.strengths)))
+        (noise, Tally(noise.name, by, noise.measure, tuple(seeds), shown=by == max(noise.strengths)))
         for noise in chosen.noises
         for by in noise.strengths
     ]
+    every = (*attacks, *shown)
     balls = [
-        _Ball(attacks, norm, radius, seeds[0], shown=radius == max(radii[norm]))
+        _Ball(
+            (*attacks, *(shown if radius in transfer_radii else ())),
+            norm,
+            radius,
+            seeds[0],
+            shown=radius == max(radii[norm]),
+        )
         for norm in BALLS
         for radius in radii[norm]
     ]
+    lines = [clean, *(tally for _, tally in noises), *(tally for ball in balls for tally in ball.lines(certify))]
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    progress, done = None, 0
+    if checkpoint is not None:
+        networks = {"model": model, **{f"source {name}": source for name, source in sources.items()}}
+        names = [attack.name for attack in every]  # AutoAttack may have been installed in between
+        run = (suite, names, radii, transfer_radii, tuple(seeds), certify is None, attack_samples, batch_size)
+        counted = [clean, *(tally for _, tally in noises), *(tally for ball in balls for tally in ball.tallies())]
+        progress = Progress(checkpoint, counted, _digest((__version__, torch.__version__, *run), networks, data))
+        done = progress.restore()
     probe: list[Batch] = []
     n_samples = 0
     for batch in _batches(data, batch_size):
         images, labels = (tensor.to(device) for tensor in batch)
-        unharmed = clean.classify(model, images, labels)
-        for noise, test in noises:
-            for k, generator in enumerate(test.generators):
-                test.classify(model, noise.apply(images, test.strength, generator), labels, k)
-        for ball in balls:
-            survives = ball.run(model, images, labels, unharmed)
-            if certify is not None and ball.norm == "inf":
-                ball.certify(_certified(certify, model, images, labels, ball.eps), survives)
         if n_samples < checks.PROBE:
             probe.append((images[: checks.PROBE - n_samples], labels[: checks.PROBE - n_samples]))
         n_samples += len(labels)
+        if n_samples <= done:
+            continue
+        with clean.timed():
+            predicted = predict(model, images, labels)
+        unharmed = clean.classified(images, labels, predicted)
+        for noise, tally in noises:
+            for k, generator in enumerate(tally.generators):
+                with tally.timed():
+                    noisy = noise.apply(images, tally.strength, generator)
+                    tally.classified(noisy, labels, predict(model, noisy, labels), k)
+        few = slice(None if attack_samples is None else max(0, attack_samples - n_samples + len(labels)))
+        found = {(attack.norm, attack.name): (images[few].clone(), predicted[few].clone()) for attack in every}
+        certified = torch.ones_like(unharmed)
+        for ball in balls:
+            survives = ball.run(model, images[few], labels[few], unharmed[few], found)
+            if certify is not None and ball.norm == "inf":
+                with ball.certified.timed():
+                    certified = _certified(certify, model, images, labels, ball.eps, certified)
+                ball.certify(certified, survives)
+        if progress is not None:
+            progress.save(n_samples)
         if on_batch is not None:
             on_batch(n_samples)
     if n_samples == 0:
         raise ValueError("data is empty, expected at least one image")
+    if progress is not None:
+        progress.save(n_samples, now=True)
 
     first_images, first_labels = (torch.cat(tensors) for tensors in zip(*probe, strict=True))
-    ours = [attack for attack in attacks if attack.kind != "AutoAttack"]
-    found = [check for ball in balls for check in ball.checks(clean.accuracy(n_samples), n_samples, certify)]
-    found.append(checks.at_zero(model, ours, first_images, first_labels))
-    found += checks.at_large_radius(model, ours, first_images, first_labels)
-    tests = [clean, *(test for _, test in noises), *(test for ball in balls for test in ball.tests(certify))]
+    ours = [attack for attack in every if attack.kind != "AutoAttack"]
+    held = [check for ball in balls for check in ball.checks(certify)]
+    held.append(checks.at_zero(model, ours, first_images, first_labels))
+    held += checks.at_large_radius(model, ours, first_images, first_labels)
+    if attack_samples is not None and attack_samples < n_samples:
+        notes.append(f"Attacks ran on the first {attack_samples} of {n_samples} images.")
     settings = {
         "eps": radii["inf"],
         "eps_l2": radii["2"],
         "seeds": list(seeds),
         "sources": list(sources),
+        "transfer_eps": transfer_radii if sources else [],
         "device": str(device),
         "torch": torch.__version__,
         "robust_node_fast": __version__,
@@ -220,21 +259,46 @@ def evaluate(
     return Report(
         suite,
         n_samples,
-        results=tuple(test.result(n_samples) for test in tests),
-        checks=tuple(found),
+        results=tuple(tally.result() for tally in lines),
+        checks=tuple(held),
         settings=settings,
         notes=tuple(notes),
         rates=_rates(model),
-        examples=tuple(test.example for test in tests if test.example is not None),
+        examples=tuple(tally.example for tally in lines if tally.example is not None),
     )
 
 
-def _certified(certify: Certify, model: nn.Module, images: Tensor, labels: Tensor, eps: float) -> Tensor:
-    found = certify(model, images, labels, eps)
-    if not isinstance(found, Tensor) or found.dtype != torch.bool or found.shape != labels.shape:
+def _certified(
+    certify: Certify, model: nn.Module, images: Tensor, labels: Tensor, eps: float, candidates: Tensor
+) -> Tensor:
+    """Which of the ``candidates`` ``(B,)``, those certified at a smaller radius, are certified at ``eps`` as well."""
+    left = candidates.nonzero()[:, 0]
+    if not len(left):
+        return candidates
+    found = certify(model, images[left], labels[left], eps)
+    if not isinstance(found, Tensor) or found.dtype != torch.bool or found.shape != left.shape:
         what = f"{found.dtype} {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
-        raise TypeError(f"certify gives {what}, expected a bool tensor {tuple(labels.shape)}")
-    return found.to(labels.device)
+        raise TypeError(f"certify gives {what}, expected a bool tensor {tuple(left.shape)}")
+    certified = torch.zeros_like(candidates)
+    certified[left] = found.to(labels.device)
+    return certified
+
+
+def _digest(settings: Sequence[object], networks: Mapping[str, nn.Module], data: Batch | Iterable[Batch]) -> str:
+    """Of all that decides the results of an evaluation."""
+    if not _is_pair(data):
+        raise ValueError(
+            "checkpoint needs data as a pair of tensors: what an iterable will give is not known beforehand"
+        )
+    tensors = {
+        f"{name}.{key}": tensor for name, network in networks.items() for key, tensor in network.state_dict().items()
+    }
+    images, labels = data
+    return digest({**tensors, "images": images, "labels": labels}, repr([*settings, networks]))
+
+
+def _is_pair(data: Batch | Iterable[Batch]) -> TypeGuard[Batch]:
+    return isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Tensor)
 
 
 @torch.no_grad()
@@ -245,7 +309,7 @@ def _rates(model: nn.Module) -> dict[str, tuple[float, ...]]:
 
 
 def _batches(data: Batch | Iterable[Batch], batch_size: int) -> Iterator[Batch]:
-    if isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Tensor):
+    if _is_pair(data):
         images, labels = data
         check_batch(images, labels)
         yield from zip(torch.split(images, batch_size), torch.split(labels, batch_size), strict=True)
@@ -260,4 +324,4 @@ def _radii(name: str, eps: float | Sequence[float]) -> list[float]:
     radii = [eps] if isinstance(eps, (int, float)) else list(eps)
     for radius in radii:
         check_radius(name, radius)
-    return [float(radius) for radius in radii]
+    return sorted({float(radius) for radius in radii})

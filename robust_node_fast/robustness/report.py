@@ -21,6 +21,7 @@ class Result:
     per_seed: tuple[float, ...]
     settings: dict[str, Any] = field(default_factory=dict)
     measure: str = ""  # what the strength is: "sigma", "l_inf eps", ...
+    seconds: float = field(default=0.0, compare=False)  # that it took, over all images and seeds
 
     @property
     def mean(self) -> float:
@@ -119,6 +120,28 @@ class Report:
                 lines.append(f"| {step} | " + " | ".join(f"{rate:.4g}" for rate in rates) + " |")
         lines += [line for note in self.notes for line in ("", note)]
         return "\n".join(lines) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """Inverse of ``to_json``, which keeps no example images.
+
+        Raises:
+            KeyError, TypeError, ValueError: not such a report.
+        """
+        content = json.loads(text)
+        results = [
+            Result(r["name"], r["strength"], tuple(r["per_seed"]), r["settings"], r["measure"], r["seconds"])
+            for r in content["results"]
+        ]
+        return cls(
+            content["suite"],
+            content["n_samples"],
+            tuple(results),
+            tuple(Check(**check) for check in content["checks"]),
+            content["settings"],
+            tuple(content["notes"]),
+            {norm: tuple(rates) for norm, rates in content["rates"].items()},
+        )
 
     def to_json(self) -> str:
         content = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -32,9 +34,8 @@ class Attack:
     name: str
     norm: str
     kind: str  # "single step", "iterative", "black box" or "AutoAttack"
-    run: Callable[[nn.Module, Tensor, Tensor, float, torch.Generator], Tensor]  # model, images, labels, eps, generator
+    run: Callable[..., Tensor]  # model, images, labels, eps, generator; iterative ones also source=
     settings: Callable[[float], dict[str, Any]]  # at a radius
-    source: nn.Module | None = None  # attacked instead of the model itself
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,15 @@ class Suite:
 
 
 def transferred(suite: Suite, sources: Mapping[str, nn.Module]) -> tuple[Attack, ...]:
-    """The suite's first iterative attack, on every source: what it finds there is then shown to the model."""
+    """The suite's first iterative attack, on every source: what it passes there is shown to the model."""
     iterative = next(attack for attack in suite.attacks if attack.kind == "iterative")
     return tuple(
-        Attack(f"{iterative.name} on {name}", iterative.norm, "black box", iterative.run, iterative.settings, source)
+        dataclasses.replace(
+            iterative,
+            name=f"{iterative.name} on {name}",
+            kind="black box",
+            run=functools.partial(iterative.run, source=source),
+        )
         for name, source in sources.items()
     )
 
@@ -75,8 +81,16 @@ def _pgd(norm: str = "inf", loss: str = "cross-entropy", n_steps: int = 40, n_re
         step_size = PGD_STEP_SIZE * eps / n_steps
         return {"step_size": step_size, "n_steps": n_steps, "n_restarts": n_restarts, "loss": loss}
 
-    def run(model: nn.Module, images: Tensor, labels: Tensor, eps: float, generator: torch.Generator) -> Tensor:
-        return pgd(model, images, labels, eps, norm=norm, generator=generator, **settings(eps))
+    def run(
+        model: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        eps: float,
+        generator: torch.Generator,
+        source: nn.Module | None = None,
+    ) -> Tensor:
+        climbed = model if source is None else source
+        return pgd(climbed, images, labels, eps, norm=norm, target=model, generator=generator, **settings(eps))
 
     return Attack("pgd" if loss == "cross-entropy" else f"pgd_{loss}", norm, "iterative", run, settings)
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
 
-__all__ = ["CheckpointError", "load", "replace_file", "save"]
+__all__ = ["CheckpointError", "digest", "load", "replace_file", "save"]
 
 _KEY = "robust_node_fast"
 
@@ -31,7 +31,7 @@ def save(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) ->
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(state)
     # One entry: safetensors writes several in an order of its own, and equal content is to give equal files.
-    replace_file(path, serialize(on_cpu, {_KEY: json.dumps({"state": text, "sha256": _digest(on_cpu, text)})}))
+    replace_file(path, serialize(on_cpu, {_KEY: json.dumps({"state": text, "sha256": digest(on_cpu, text)})}))
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -52,7 +52,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CheckpointError(f"{path} is a safetensors file, but not one that robust_node_fast wrote")
     try:
         written = json.loads(metadata[_KEY])
-        intact = _digest(tensors, written["state"]) == written["sha256"]
+        intact = digest(tensors, written["state"]) == written["sha256"]
     except (KeyError, ValueError):
         intact = False
     if not intact:
@@ -77,10 +77,11 @@ def replace_file(path: Path, content: bytes) -> None:
             os.close(folder)
 
 
-def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
-    digest = hashlib.sha256(text.encode())
+def digest(tensors: Mapping[str, Tensor], text: str) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of tensors, and a text."""
+    found = hashlib.sha256(text.encode())
     for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+        tensor = tensors[name].detach().cpu().contiguous()
+        found.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()

@@ -9,14 +9,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from robust_node_fast import _checks, data, models
+from robust_node_fast import _checks, data, models, nn
 
 __all__ = ["NETWORKS", "RECIPES", "TrainConfig"]
 
 NETWORKS = ("vanilla", "contractive")
 MODELS = ("MNISTNode", "CIFARNode", "StagedCIFARNode")
 OPTIMIZERS = ("adam", "sgd")
-INITS = ("centered", "default")
+INITS = ("centered", "default", "identity", "authors")
+REGULARIZERS = ("filters", "jacobian")
 
 
 def _field(default: Any, help: str) -> Any:
@@ -42,11 +43,13 @@ class TrainConfig:
     model: Literal["MNISTNode", "CIFARNode", "StagedCIFARNode"] = _field("MNISTNode", "Network of rnf.models.")
     n_steps: int | None = _field(None, "Euler steps (per stage); else the model's own number.")
     step_size: float | None = _field(None, "Euler step h; else the model's own.")
-    init: Literal["centered", "default"] = _field(
+    init: Literal["centered", "default", "identity", "authors"] = _field(
         "centered",
-        "Initial biases: centered (nn.center_bias_: black stays zero) or default (PyTorch's, as in the paper).",
+        "Start: default (PyTorch's, as in the paper); centered (biases by nn.center_bias_: black stays zero); identity "
+        "(filters by nn.contractive_init_: the rate with equality); authors (by nn.authors_init_: -5 * eye(3) each).",
     )
     seed: int = _field(0, "Seed of the initial weights, the data order and dropout.")
+    train_samples: int | None = _field(None, "First training images; else all.")
     epochs: int = _field(5, "Passes over the training set.")
     batch_size: int = _field(128, "Images per optimizer step.")
     optimizer: Literal["adam", "sgd"] = _field("adam", "Optimizer of torch.optim.")
@@ -67,6 +70,10 @@ class TrainConfig:
     )
     norm: Literal["2", "2-sharp", "inf", "1"] = _field("2", "Norm of the contraction penalty.")
     penalty_weight: float = _field(1.0, "Weight of the penalty beside the cross-entropy.")
+    regularizer: Literal["filters", "jacobian"] = _field(
+        "filters",
+        "What the penalty looks at: the filters, or the Jacobian (norm 2) at states of a batch's first 8 images.",
+    )
     checkpoint_every: int = _field(200, "Steps between checkpoints (one more after every epoch).")
     device: str = _field("cpu", "Device to train on.")
 
@@ -78,11 +85,12 @@ class TrainConfig:
             ("optimizer", OPTIMIZERS),
             ("norm", _checks.NORMS),
             ("init", INITS),
+            ("regularizer", REGULARIZERS),
         ):
             _checks.choice(name, getattr(self, name), choices)
-        for name, least in (("seed", 0), ("epochs", 1), ("batch_size", 1), ("n_steps", 1), ("checkpoint_every", 1)):
-            value = getattr(self, name)
-            if name == "n_steps" and value is None:
+        for name in ("seed", "epochs", "batch_size", "n_steps", "train_samples", "checkpoint_every"):
+            value, least = getattr(self, name), int(name != "seed")
+            if name in ("n_steps", "train_samples") and value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name}={value!r} is a {type(value).__name__}, expected an int")
@@ -147,6 +155,11 @@ class TrainConfig:
         )
         if self.init == "centered":
             model.center_biases_()
+        for _, flow in model.flows():
+            if self.init == "identity":
+                nn.contractive_init_(flow, self.rate, self.norm)
+            elif self.init == "authors":
+                nn.authors_init_(flow)
         return model
 
 

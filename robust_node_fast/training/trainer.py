@@ -9,6 +9,7 @@ epoch.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -29,6 +30,8 @@ from torch import Tensor, nn
 
 from robust_node_fast import _backends, models
 from robust_node_fast.data import Dataset
+from robust_node_fast.jacobian import jacobian_penalty
+from robust_node_fast.nn import EulerConvFlow
 from robust_node_fast.training import checkpoint
 from robust_node_fast.training.checkpoint import CheckpointError
 from robust_node_fast.training.config import TrainConfig
@@ -38,6 +41,7 @@ __all__ = [
     "Interrupted",
     "Outcome",
     "RunError",
+    "accuracy_by_epoch",
     "check_device",
     "fit",
     "load_config",
@@ -51,6 +55,9 @@ Model = models.MNISTNode | models.CIFARNode | models.StagedCIFARNode
 OnStep = Callable[[int, int, dict[str, float]], None]
 
 RATE_TOLERANCE = 1e-2  # the contractive network satisfies its rate if it reaches (1 - 1e-2) * rate
+# The Jacobian regulariser takes so many images of a batch and so many Lanczos iterations. All 128 images and
+# jacobian_penalty's 24 iterations are 48 times the work, and these are already most of a step's.
+_JACOBIAN_IMAGES, _JACOBIAN_ITERATIONS = 8, 8
 _CHECKPOINT, _MODEL, _CONFIG, _METRICS = "checkpoint.safetensors", "model.safetensors", "config.json", "metrics.jsonl"
 
 
@@ -147,9 +154,16 @@ def load_model(folder: Path) -> tuple[Model, TrainConfig]:
         path, prefix = folder / _CHECKPOINT, "model."
     else:
         raise RunError(f"{folder} has no weights yet: continue the run with --resume {folder}")
-    tensors, _ = checkpoint.load(path)
+    tensors, state = checkpoint.load(path)
+    _check_belongs(path, state, config)
     _load_weights(path, model, tensors, prefix)
     return model.eval(), config
+
+
+def accuracy_by_epoch(folder: Path) -> tuple[float, ...]:
+    """Accuracy on the test set after every epoch so far of the run in ``folder``."""
+    lines = map(json.loads, (folder / _METRICS).read_text().splitlines())
+    return tuple(line["test_accuracy"] for line in lines if "test_accuracy" in line)
 
 
 def fit(folder: Path, dataset: Dataset, *, on_step: OnStep | None = None, tensorboard: bool = False) -> Outcome:
@@ -187,7 +201,12 @@ class _Trainer:
         self.config, self.folder = config, folder
         self.train_images, self.train_labels, self.test_images, self.test_labels = (
             tensor.to(config.device)
-            for tensor in (dataset.train_images, dataset.train_labels, dataset.test_images, dataset.test_labels)
+            for tensor in (
+                dataset.train_images[: config.train_samples],
+                dataset.train_labels[: config.train_samples],
+                dataset.test_images,
+                dataset.test_labels,
+            )
         )
         torch.manual_seed(config.seed)
         self.model = config.build_model().to(config.device)
@@ -239,12 +258,15 @@ class _Trainer:
         config = self.config
         self.model.train()
         self.optimizer.zero_grad()
-        loss = F.cross_entropy(self.model(images), labels)
-        objective = loss
-        with torch.set_grad_enabled(config.network == "contractive"):
-            penalty = self.model.contraction_penalty(rate=config.penalty_rate, norm=config.norm)
-        if config.network == "contractive":
-            objective = loss + config.penalty_weight * penalty
+        contractive = config.network == "contractive"
+        if contractive and config.regularizer == "jacobian":
+            logits, penalty = _with_jacobian_penalty(self.model, images, config.penalty_rate)
+        else:
+            logits = self.model(images)
+            with torch.set_grad_enabled(contractive):
+                penalty = self.model.contraction_penalty(rate=config.penalty_rate, norm=config.norm)
+        loss = F.cross_entropy(logits, labels)
+        objective = loss + config.penalty_weight * penalty if contractive else loss
         with torch.no_grad():
             rate = self.model.contraction_rate(norm=config.norm).min()
         values = torch.stack([loss.detach(), penalty.detach(), rate]).tolist()
@@ -281,8 +303,9 @@ class _Trainer:
         if not path.exists():
             return
         tensors, state = checkpoint.load(path)
-        if state.get("config") != dataclasses.asdict(self.config) or "step" not in state:
-            raise CheckpointError(f"{path} does not belong to the run that {self.folder / _CONFIG} describes")
+        _check_belongs(path, state, self.config)
+        if "step" not in state:
+            raise CheckpointError(f"{path} holds weights only, no training that could go on")
         _load_weights(path, self.model, tensors, "model.")
         per_parameter: dict[int, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
@@ -408,6 +431,16 @@ def check_device(device: str) -> None:
         raise RunError(f"device {device!r} cannot be used ({str(error).splitlines()[0]})") from error
 
 
+def _check_belongs(path: Path, state: dict[str, Any], config: TrainConfig) -> None:
+    """A ``CheckpointError`` for a checkpoint of another configuration; fields it does not have yet are the defaults."""
+    try:
+        same = TrainConfig(**state["config"]) == config
+    except (KeyError, TypeError, ValueError):
+        same = False
+    if not same:
+        raise CheckpointError(f"{path} does not belong to the run that {path.parent / _CONFIG} describes")
+
+
 def _load_weights(path: Path, model: Model, tensors: dict[str, Tensor], prefix: str) -> None:
     weights = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     try:
@@ -417,6 +450,21 @@ def _load_weights(path: Path, model: Model, tensors: dict[str, Tensor], prefix: 
         raise CheckpointError(
             f"{path} does not fit the network that {path.parent / _CONFIG} describes ({reason})"
         ) from error
+
+
+def _with_jacobian_penalty(model: Model, images: Tensor, rate: float) -> tuple[Tensor, Tensor]:
+    """``model(images)``, and ``jacobian_penalty`` along the trajectories of its flows, summed over these."""
+    penalties, state = [], images
+    for layer in model.layers():
+        if isinstance(layer, EulerConvFlow):
+            states = layer(state, return_trajectory=True)
+            fields = [functools.partial(layer.vector_field, k * layer.step_size) for k in range(layer.n_steps)]
+            few = states[:-1, :_JACOBIAN_IMAGES]
+            penalties.append(jacobian_penalty(fields, few, rate=rate, n_iter=_JACOBIAN_ITERATIONS))
+            state = states[-1]
+        else:
+            state = layer(state)
+    return state, torch.stack(penalties).sum()
 
 
 @torch.no_grad()
@@ -431,4 +479,10 @@ def _environment(device: str) -> dict[str, Any]:
     info = _backends.backend_info()
     kind = torch.device(device).type
     implementations = sorted({op[kind]["implementation"] for op in info["ops"].values()})
-    return {"torch": info["torch"], "device": device, "threads": torch.get_num_threads(), "runs on": implementations}
+    return {
+        "robust_node_fast": info["robust_node_fast"],
+        "torch": info["torch"],
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "runs on": implementations,
+    }

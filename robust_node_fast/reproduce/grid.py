@@ -1,0 +1,165 @@
+"""What is trained and compared, as data: rows, and one cell for each of their seeds.
+
+A penalty and an initialisation are easily taken for one another (the authors' code gives its contractive network
+another start as well), so the first part is a full grid of the two. The other parts vary one setting of it each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from robust_node_fast.training import TrainConfig
+
+__all__ = ["EPS", "INITS", "NORMS", "RATES", "SUITE", "TRANSFER_EPS", "Cell", "cells"]
+
+PROTOCOL = 1  # raised by every change of what a cell's numbers mean: the cells of before are then no longer looked for
+SUITE = "standard"  # Gaussian and salt-and-pepper noise; FGSM and PGD-40
+EPS = (0.02, 0.05, 0.1, 0.2, 0.3)
+TRANSFER_EPS = (0.1, 0.2, 0.3)  # at the smaller ones most images survive, which is dear to find and says little
+
+INITS = ("default", "authors", "identity")
+NORMS = ("2", "2-sharp", "inf")
+RATES = (0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 15.0)
+WEIGHTS = (0.01, 0.1, 1.0, 10.0)
+STEPS = ((0.01, 5), (0.01, 10), (0.01, 20), (0.05, 10), (0.1, 10))  # h, N
+PAPER: dict[str, Any] = {"rate_margin": 0.0, "n_steps": 10, "step_size": 0.01}  # beyond TrainConfig's defaults
+NOT_IN_THE_RESULT = ("data_root", "checkpoint_every")  # settings that change no number
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One network: how it is trained, and which other network's attacks it is shown (transfer).
+
+    Two cells with the same settings are the same cell, whatever their rows are called.
+    """
+
+    row: str  # part/.../what varies
+    config: TrainConfig
+    partner: TrainConfig
+    attack_samples: int | None
+
+    @property
+    def label(self) -> str:
+        return f"{self.row}, seed {self.config.seed}"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that decides the numbers, as JSON has it."""
+        return {
+            "protocol": PROTOCOL,
+            "train": _training(self.config),
+            "partner": _training(self.partner),
+            "suite": SUITE,
+            "eps": list(EPS),
+            "transfer_eps": list(TRANSFER_EPS),
+            "attack_samples": self.attack_samples,
+        }
+
+    @property
+    def name(self) -> str:
+        """For its file; other settings give another name, a setting that is new and at its default does not."""
+        settings = {**self.settings, "train": _departures(self.config), "partner": _departures(self.partner)}
+        return _name(self.config, settings)
+
+    def has(self, settings: Mapping[str, Any]) -> bool:
+        """Whether these are its settings; training settings that they do not know yet count as the defaults."""
+        try:
+            known = {name: _training(TrainConfig(**settings[name])) for name in ("train", "partner")}
+        except (KeyError, TypeError, ValueError):
+            return False
+        return {**settings, **known} == self.settings
+
+
+def network_name(config: TrainConfig) -> str:
+    """For the run folder of a network, which several cells may share."""
+    return _name(config, _departures(config))
+
+
+def penalty_name(config: TrainConfig) -> str:
+    if config.network == "vanilla":
+        return "none"
+    return config.norm if config.regularizer == "filters" else config.regularizer
+
+
+def cells(
+    dataset: str,
+    *,
+    seeds: int = 3,
+    only: Sequence[str] = (),
+    attack_samples: int | None = None,
+    **budget: Any,
+) -> list[Cell]:
+    """The cells of the rows that ``only`` asks for, seed by seed.
+
+    Args:
+        dataset: as in ``TrainConfig``.
+        seeds: their number.
+        only: rows, or what some begin with: "grid", "grid/identity", "grid/identity/2", "rho", ... None given: all.
+        attack_samples: attacks take the first so many test images; None: all.
+        budget: fields of ``TrainConfig`` for all cells.
+
+    Raises:
+        TypeError, ValueError: a field out of its range; a name in ``only`` fits no row.
+    """
+    rows = dict(_rows())
+    for wanted in only:
+        if not any(_belongs(row, wanted) for row in rows):
+            raise ValueError(f"only={wanted!r} fits no row, expected one of {', '.join(rows)}, or what some begin with")
+    rows = {row: changes for row, changes in rows.items() if not only or any(_belongs(row, name) for name in only)}
+    found = []
+    for seed in range(seeds):
+        for row, changes in rows.items():
+            own, other = (
+                TrainConfig.recipe(dataset, **{**PAPER, **budget, **fields, "seed": seed})
+                for fields in (changes, _partner(changes))
+            )
+            found.append(Cell(row, own, other, attack_samples))
+    return found
+
+
+def _belongs(row: str, wanted: str) -> bool:
+    return f"{row}/".startswith(f"{wanted.rstrip('/')}/")
+
+
+def _rows() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Name and settings of every row."""
+    for init in INITS:
+        yield f"grid/{init}/none", {"init": init, "network": "vanilla"}
+        for norm in NORMS:
+            yield f"grid/{init}/{norm}", {"init": init, "norm": norm}
+    for init in ("default", "identity"):
+        for rate in RATES:
+            yield f"rho/{init}/{rate:g}", {"init": init, "rate": rate}
+    for weight in WEIGHTS:
+        yield f"gamma/{weight:g}", {"init": "default", "penalty_weight": weight}
+    for penalty, network in (("none", "vanilla"), ("2", "contractive")):
+        for step_size, n_steps in STEPS:
+            changes = {"init": "default", "network": network, "step_size": step_size, "n_steps": n_steps}
+            yield f"steps/{penalty}/h {step_size:g}, N {n_steps}", changes
+    yield "jacobian/default", {"init": "default", "regularizer": "jacobian"}
+
+
+def _partner(changes: dict[str, Any]) -> dict[str, Any]:
+    """The network on the other side of the penalty (the paper's, if it is to have one): same start, same steps."""
+    same: dict[str, Any] = {name: changes[name] for name in ("init", "step_size", "n_steps") if name in changes}
+    return {**same, "network": "contractive" if changes.get("network") == "vanilla" else "vanilla"}
+
+
+def _training(config: TrainConfig) -> dict[str, Any]:
+    return {name: value for name, value in dataclasses.asdict(config).items() if name not in NOT_IN_THE_RESULT}
+
+
+def _departures(config: TrainConfig) -> dict[str, Any]:
+    """From the defaults of ``TrainConfig``."""
+    plain = _training(TrainConfig(config.dataset))
+    return {name: value for name, value in _training(config).items() if name == "dataset" or value != plain[name]}
+
+
+def _name(config: TrainConfig, settings: dict[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
+    return f"{config.dataset}-{config.init}-{penalty_name(config)}-seed{config.seed}-{digest}"

@@ -1,0 +1,204 @@
+"""The cells side by side, as a page: a table for every part, what start and penalty contribute, the paper's claims."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+
+from robust_node_fast.reproduce import claims
+from robust_node_fast.reproduce.cell import CellResult
+from robust_node_fast.reproduce.claims import Rows, accuracies, pairs
+from robust_node_fast.reproduce.grid import INITS, NORMS, Cell
+
+__all__ = ["by_row", "markdown", "table"]
+
+# Heading, name of the result (or how it begins), strength.
+COLUMNS = (
+    ("clean", "clean", 0.0),
+    ("Gauss 0.1", "gaussian", 0.1),
+    ("Gauss 0.2", "gaussian", 0.2),
+    ("Gauss 0.3", "gaussian", 0.3),
+    ("S&P 0.2", "salt_and_pepper", 0.2),
+    ("FGSM 0.1", "fgsm", 0.1),
+    ("PGD 0.02", "pgd", 0.02),
+    ("PGD 0.05", "pgd", 0.05),
+    ("PGD 0.1", "pgd", 0.1),
+    ("transfer 0.1", claims.TRANSFER, 0.1),
+    ("certified 0.02", "certified", 0.02),
+)
+CONTRASTED = tuple(column for column in COLUMNS if column[0] not in ("Gauss 0.1", "FGSM 0.1", "PGD 0.1"))
+COSTS = ("clean", "noise", "fgsm", "pgd", "transfer", "certified")
+PARTS = {
+    "grid": "Start and penalty: `grid/START/PENALTY`",
+    "rho": "The rate asked for: `rho/START/RHO`",
+    "gamma": "The weight of the penalty: `gamma/WEIGHT`",
+    "steps": "Step size and number of steps: `steps/PENALTY/...`",
+    "jacobian": "The Jacobian regulariser",
+}
+
+
+def by_row(cells: Sequence[Cell], results: Mapping[str, CellResult]) -> dict[str, dict[str, list[CellResult]]]:
+    """Part -> row -> the results there are, seed by seed, in the order of ``cells``; ``results`` by cells' names."""
+    done = {cell.row for cell in cells if cell.name in results}
+    parts: dict[str, dict[str, list[CellResult]]] = {}
+    for cell in cells:
+        if cell.row in done:
+            found = parts.setdefault(cell.row.split("/")[0], {}).setdefault(cell.row, [])
+            if cell.name in results:
+                found.append(results[cell.name])
+    return parts
+
+
+def table(rows: Rows, *, spread: bool) -> list[list[str]]:
+    """Headings, then a line for every row: accuracies in %, means over its seeds (and their standard deviation)."""
+    lines = [["row", "seeds", *(heading for heading, _, _ in COLUMNS), "rate", "penalty"]]
+    for row, cells in rows.items():
+        found = [_mean(list(accuracies(cells, name, by).values()), spread) for _, name, by in COLUMNS]
+        rate, penalty = (statistics.fmean(getattr(cell, name) for cell in cells) for name in ("rate", "penalty"))
+        lines.append([row, str(len(cells)), *found, f"{rate:.3g}", f"{penalty:.3g}"])
+    return lines
+
+
+def markdown(cells: Sequence[Cell], results: Mapping[str, CellResult]) -> str:
+    """The page. ``cells`` are those that it is about, of one or more data sets; it names the ones without a result."""
+    lines = [
+        "# The paper's experiments, reproduced",
+        "",
+        "Written by `rnf reproduce`; `docs/reproduce.md` says what is compared and how it is measured.",
+        "",
+        "Accuracy in % on the full test set, mean and standard deviation over training seeds. Noises by their "
+        "strength, attacks by their l_inf radius; PGD has 40 steps; transfer: PGD on the network of the same start and "
+        "seed on the other side of the penalty; certified: bound E. Rate: the least over the Euler steps that the "
+        "filters guarantee, in the norm of the row's penalty; penalty: its value at the rate asked for.",
+    ]
+    found = [results[cell.name] for cell in cells if cell.name in results]
+    if found:
+        versions = (
+            sorted({result.version for result in found}),
+            sorted({result.report.settings["torch"] for result in found}),
+        )
+        lines += ["", "Computed with robust_node_fast {} and PyTorch {}.".format(*map(", ".join, versions))]
+    lines += [line for note in sorted({note for r in found for note in r.report.notes}) for line in ("", note)]
+    for dataset, group in itertools.groupby(cells, key=lambda cell: cell.config.dataset):
+        lines += _dataset(dataset, list(group), results)
+    return "\n".join(lines) + "\n"
+
+
+def _dataset(dataset: str, cells: Sequence[Cell], results: Mapping[str, CellResult]) -> Iterator[str]:
+    parts = by_row(cells, results)
+    rows = {row: found for part in parts.values() for row, found in part.items()}
+    names = {cell.name for cell in cells}
+    found = [results[name] for name in sorted(names & results.keys())]
+    yield from ("", f"## {dataset}", "", f"{len(found)} of {len(names)} cells.")
+    if found:
+        verdicts = [
+            (verdict.claim, verdict.compared, str(verdict.seeds), verdict.found, f"**{verdict.verdict}**")
+            for verdict in claims.verdicts(rows, dataset)
+        ]
+        headings = ("claim", "compared", "seeds", "found", "verdict")
+        yield from ("", "### The paper's claims", "", *_as_table((headings, *verdicts)), "", claims.RULES)
+    for part, members in parts.items():
+        yield from ("", f"### {PARTS[part]}", "", *_as_table(table(members, spread=True)))
+        for row, cell in ((row, cell) for row, cells in members.items() for cell in cells if not cell.report.reliable):
+            yield from ("", f"**{row}, seed {cell.settings['train']['seed']}: {cell.report.verdict}**")
+        if part == "grid":
+            yield from ("", "### What the penalty does, and what the start does", "", *_as_table(_contrasts(members)))
+            yield from (
+                "",
+                "Differences in points between rows that differ in nothing else, seed by seed: the mean over the other "
+                "setting, in brackets the least and the most. Where the brackets hold both signs, what the one does "
+                "hangs on the other.",
+            )
+    if found:
+        yield from ("", "### Cost and epochs", "", *_cost(found))
+    yield from _missing(cells, parts, results)
+
+
+def _missing(cells: Sequence[Cell], parts: Mapping[str, Rows], results: Mapping[str, CellResult]) -> Iterator[str]:
+    """Seeds without a result by row, or by part where it has none at all."""
+    seeds: dict[str, set[int]] = {}
+    for cell in cells:
+        part = cell.row.split("/")[0]
+        missing = seeds.setdefault(cell.row if part in parts else f"{part}, every row", set())
+        if cell.name not in results:
+            missing.add(cell.config.seed)
+    seeds = {row: missing for row, missing in seeds.items() if missing}
+    if seeds:
+        yield from ("", "### Cells that are missing", "")
+        yield from (f"- `{row}`: seed {', '.join(map(str, sorted(missing)))}" for row, missing in seeds.items())
+
+
+def _contrasts(rows: Rows) -> list[list[str]]:
+    """Of the full grid: one line for every change of a setting, averaged over the other one."""
+    penalties = ("none", *NORMS)
+    changes = {
+        f"penalty {norm} instead of none": [(f"grid/{init}/{norm}", f"grid/{init}/none") for init in INITS]
+        for norm in NORMS
+    }
+    changes |= {
+        f"start {init} instead of default": [(f"grid/{init}/{name}", f"grid/default/{name}") for name in penalties]
+        for init in INITS[1:]
+    }
+    changes |= {
+        "in the paper: authors/2 instead of default/none": [("grid/authors/2", "grid/default/none")],
+        "of this, the start: authors/none instead of default/none": [("grid/authors/none", "grid/default/none")],
+        "of this, the penalty: authors/2 instead of authors/none": [("grid/authors/2", "grid/authors/none")],
+    }
+    lines = [["change", "pairs", *(heading for heading, _, _ in CONTRASTED)]]
+    for change, compared in changes.items():
+        gains = [
+            [statistics.fmean(ours - theirs for ours, theirs in seeds) for seeds in column if seeds]
+            for column in ([pairs(rows, *pair, name, by) for pair in compared] for _, name, by in CONTRASTED)
+        ]
+        lines.append([change, f"{len(gains[0])} of {len(compared)}", *map(_range, gains)])
+    return lines
+
+
+def _cost(found: Sequence[CellResult]) -> Iterator[str]:
+    """Where the time went, and what fewer epochs would have reached."""
+    seconds = {
+        "training": statistics.fmean(cell.train_seconds for cell in found),
+        **{kind: statistics.fmean(_seconds(cell, kind) for cell in found) for kind in COSTS},
+    }
+    total = sum(cell.seconds for cell in found)
+    parts = ", ".join(f"{kind} {value:.0f}" for kind, value in seconds.items())
+    yield f"{total / 3600:.1f} hours for these cells; a cell takes {sum(seconds.values()):.0f} s: {parts}."
+    last = len(found[0].accuracy_by_epoch)
+    if all(len(cell.accuracy_by_epoch) == last > 3 for cell in found):
+        short = [100.0 * (cell.accuracy_by_epoch[-1] - cell.accuracy_by_epoch[2]) for cell in found]
+        within = sum(value <= 0.3 for value in short)
+        yield ""
+        yield (
+            f"Clean accuracy after epoch {last} exceeds that after epoch 3 by {_range(short)} points; {within} of "
+            f"{len(found)} networks were within 0.3 points after epoch 3."
+        )
+
+
+def _seconds(cell: CellResult, kind: str) -> float:
+    return sum(result.seconds for result in cell.report.results if _kind(result.name, result.measure) == kind)
+
+
+def _kind(name: str, measure: str) -> str:
+    if name.startswith(claims.TRANSFER):
+        return "transfer"
+    return "noise" if measure and not measure.endswith("eps") else name
+
+
+def _mean(values: Sequence[float], spread: bool) -> str:
+    if not values:
+        return ""
+    return f"{statistics.fmean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if spread and values[1:] else "")
+
+
+def _range(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    return f"{statistics.fmean(values):+.1f}" + (f" ({min(values):+.1f} to {max(values):+.1f})" if values[1:] else "")
+
+
+def _as_table(lines: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Headings and lines as Markdown."""
+    headings, *body = lines
+    for line in (headings, ["---"] * len(headings), *body):
+        yield f"| {' | '.join(line)} |"

@@ -1,0 +1,586 @@
+"""``rnf reproduce``: the grid is what it should be, cells survive kills, altered files are refused, faults are said."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+from robust_node_fast import cli, data, reproduce, robustness, training
+from robust_node_fast.reproduce import cell as cell_module
+from robust_node_fast.reproduce import claims, grid, summary
+from robust_node_fast.robustness import tally
+from robust_node_fast.training import TrainConfig, trainer
+
+TINY = ["--dataset", "digits", "--seeds", "1", "--epochs", "1", "--train-samples", "200", "--attack-samples", "8"]
+ROWS = ("grid/identity/none", "grid/identity/2")  # partners of each other: two networks in all
+ONLY = [word for row in ROWS for word in ("--only", row)]
+# The children of a server that has PyTorch loaded: a kill costs no import. One server for the whole session, whatever
+# it has loaded (tests/test_training.py).
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(
+    ["robust_node_fast.cli", "sklearn.datasets", "sklearn.model_selection", "torch._dynamo"]  # all slow to import
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    forkserver.ensure_running()  # it loads PyTorch beside the first tests
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def rnf(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(cli.app, ["reproduce", *map(str, arguments)])
+
+
+def cnode(folder: Path) -> Result:
+    return rnf("cnode", *TINY, *ONLY, "--out", folder)
+
+
+def two_cells() -> list[reproduce.Cell]:
+    return reproduce.cells("digits", seeds=1, only=ROWS, epochs=1, train_samples=200, attack_samples=8)
+
+
+def without_times(path: Path) -> dict[str, Any]:
+    content = json.loads(path.read_text())
+    for result in content["report"]["results"]:
+        del result["seconds"]
+    del content["train_seconds"], content["sha256"]
+    return content
+
+
+def files(folder: Path) -> dict[str, Path]:
+    return {path.name: path for path in sorted((folder / "cells").iterdir())}
+
+
+# --- the grid ----------------------------------------------------------------------------------------------------
+
+
+def test_the_grid_is_full() -> None:
+    found = reproduce.cells("mnist")
+    assert [cell.config.seed for cell in found] == sorted([0, 1, 2] * (len(found) // 3))  # all rows of a seed first
+    part = reproduce.cells("mnist", only=["grid"])
+    assert part == [cell for cell in found if cell.row.startswith("grid/")]
+    kinds = Counter((cell.config.init, grid.penalty_name(cell.config), cell.config.seed) for cell in part)
+    inits, penalties = ("default", "authors", "identity"), ("none", "2", "2-sharp", "inf")
+    assert kinds == Counter((init, penalty, seed) for init in inits for penalty in penalties for seed in range(3))
+    rates = {cell.config.rate for cell in found if cell.row.startswith("rho/default/")}
+    assert rates == {0.1, 0.5, 1, 2, 5, 10, 15}
+    paper = TrainConfig.recipe("mnist", rate_margin=0.0, init="default", n_steps=10, step_size=0.01)
+    assert next(cell for cell in found if cell.row == "grid/default/2").config == paper
+
+
+def test_rows_are_asked_for_by_name() -> None:
+    def rows(*only: str) -> list[str]:
+        return [cell.row for cell in reproduce.cells("mnist", seeds=1, only=only)]
+
+    assert rows("grid/identity/2") == ["grid/identity/2"]  # and not 2-sharp
+    assert rows("grid/identity/", "gamma/1") == [
+        *(f"grid/identity/{penalty}" for penalty in ("none", "2", "2-sharp", "inf")),
+        "gamma/1",
+    ]
+    assert {row.split("/")[0] for row in rows()} == set(summary.PARTS)
+
+
+def test_a_setting_makes_a_cell() -> None:
+    found = reproduce.cells("mnist", seeds=2)
+    names = {cell.name: cell.settings for cell in found}
+    assert all(names[cell.name] == cell.settings for cell in found)
+    same = [cell.row for cell in found if cell.name == found[1].name]
+    assert same == ["grid/default/2", "rho/default/2", "gamma/1", "steps/2/h 0.01, N 10"]
+    others = [
+        reproduce.cells("fashionmnist", seeds=1),
+        reproduce.cells("mnist", seeds=1, attack_samples=9),
+        reproduce.cells("mnist", seeds=1, epochs=9),
+        reproduce.cells("mnist", seeds=1, train_samples=9),
+    ]
+    for other in others:
+        assert not names.keys() & {cell.name for cell in other}
+    elsewhere = reproduce.cells("mnist", seeds=2, data_root="elsewhere")
+    assert {cell.name for cell in elsewhere} == names.keys()
+
+
+def test_a_setting_that_is_newer_than_a_cell_has_its_default() -> None:
+    cell = reproduce.cells("mnist", seeds=1)[0]
+    before = json.loads(json.dumps(cell.settings))
+    assert cell.has(before)
+    del before["train"]["regularizer"], before["partner"]["grad_clip"]
+    assert cell.has(before)
+    for name, value in (("regularizer", "jacobian"), ("epochs", 6), ("unheard", 1)):
+        assert not cell.has({**before, "train": {**before["train"], name: value}})
+    assert not cell.has({**before, "protocol": 0})
+    assert "regularizer" not in grid._departures(cell.config)  # so its name does not hang on it
+
+
+def test_partners_are_on_the_other_side_of_the_penalty() -> None:
+    found = reproduce.cells("mnist", seeds=2)
+    configs = [dataclasses.asdict(cell.config) for cell in found]
+    for cell in found:
+        own, other = cell.config, cell.partner
+        assert {own.network, other.network} == {"vanilla", "contractive"}
+        same = ("init", "seed", "n_steps", "step_size", "epochs", "dataset")
+        assert all(getattr(own, name) == getattr(other, name) for name in same)
+        assert dataclasses.asdict(other) in configs  # trained for a row of its own
+
+
+@pytest.mark.parametrize(
+    ("init", "by_hand"),
+    [
+        # 10 steps * 8 channels * (rho + 2 a m + b (r + q)): every row and column holds 8 filters of three -5s.
+        ("authors", 10 * 8 * (2.0 + 2 * 0.1 * -5.0 + 2 * (8 * 15.0 - 5.0))),
+        ("identity", 0.0),
+    ],
+)
+def test_starts(init: Any, by_hand: float) -> None:
+    torch.manual_seed(3)
+    model = TrainConfig("mnist", init=init).build_model()
+    penalty = model.contraction_penalty(rate=2.0).item()
+    assert penalty == pytest.approx(by_hand, rel=1e-6)
+    torch.manual_seed(3)
+    plain = TrainConfig("mnist", init="default").build_model()
+    ours, theirs = model.state_dict(), plain.state_dict()
+    assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == ["flow.weight"]
+    if init == "authors":
+        assert by_hand == pytest.approx(18480.0)
+    else:
+        assert model.contraction_penalty(rate=2.0 + 1e-4).item() > 0.0
+        fast = TrainConfig("mnist", init=init, rate=5.0).build_model()
+        assert fast.contraction_rate().tolist() == pytest.approx([5.0] * 10)
+
+
+def test_jacobian_regulariser_slows_the_expansion(tmp_path: Path) -> None:
+    images = data.load("digits")
+    rates = {}
+    for weight in (0.0, 10.0):
+        config = TrainConfig.recipe(
+            "digits",
+            regularizer="jacobian",
+            n_steps=1,
+            epochs=1,
+            train_samples=256,
+            penalty_weight=weight,
+            init="default",
+        )
+        run = tmp_path / str(weight)
+        training.prepare(config, run)
+        first: list[float] = []
+        training.fit(run, images, on_step=lambda step, total, record, first=first: first.append(record["penalty"]))
+        rates[weight] = first
+    assert rates[0.0][0] == rates[10.0][0] > 0.0  # the same start
+    assert rates[10.0][-1] < min(rates[10.0][0], rates[0.0][-1])
+
+
+def test_jacobian_regulariser_leaves_the_logits_alone() -> None:
+    model = TrainConfig("digits", n_steps=3).build_model()
+    images = torch.rand(5, 1, 8, 8)
+    logits, penalty = trainer._with_jacobian_penalty(model, images, 2.0)
+    torch.testing.assert_close(logits, model(images))
+    # The largest eigenvalue of J + J' found can only fall short of what Gershgorin's discs allow.
+    assert 0.0 < penalty.item() <= 2.0 - model.contraction_rate().min().item()
+
+
+# --- running it --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two cells, undisturbed."""
+    folder = tmp_path_factory.mktemp("reproduce") / "done"
+    result = cnode(folder)
+    assert result.exit_code == 0, result.output
+    assert "rnf: 0 of 2 cells are done" in result.stderr
+    for number, row in enumerate(ROWS, start=1):
+        assert row in result.stdout
+        assert f"rnf: {number} of 2: {row}, seed 0, " in result.stderr
+    return folder
+
+
+def test_a_cell_says_all(done: Path) -> None:
+    cell = two_cells()[1]
+    assert files(done).keys() == {f"{cell.name}.json" for cell in two_cells()}
+    content = json.loads((done / "cells" / f"{cell.name}.json").read_text())
+    assert content["settings"] == cell.settings
+    assert content["settings"]["train"]["train_samples"] == 200
+    model, config = training.load_model(done / "networks" / grid.network_name(cell.config))
+    assert config == cell.config
+    assert content["rate"] == model.contraction_rate().min().item()
+    assert content["penalty"] == model.contraction_penalty(rate=2.0).item()
+    report = robustness.Report.from_json(json.dumps(content["report"]))
+    assert report.n_samples == 360
+    assert "Attacks ran on the first 8 of 360 images." in report.notes
+    for eps in (0.02, 0.05, 0.1, 0.2, 0.3):
+        names = ["fgsm", "pgd", *(["pgd on vanilla"] if eps >= 0.1 else [])]
+        attacked = [report.accuracy(name, eps) for name in names]
+        assert all(8 * accuracy == round(8 * accuracy) for accuracy in attacked)
+        assert report.accuracy("certified", eps) <= report.accuracy("clean")
+    images = data.load("digits")
+    right = (model(images.test_images).argmax(1) == images.test_labels).double().mean().item()
+    assert [report.accuracy("clean")] == content["accuracy_by_epoch"] == [pytest.approx(right)]
+    found = reproduce.read(cell, done)
+    assert found is not None
+    timed = {result.name for result in found.report.results if result.seconds > 0}
+    assert timed == {"clean", "gaussian", "salt_and_pepper", "fgsm", "pgd", "pgd on vanilla", "certified"}
+    assert found.seconds > found.train_seconds > 0
+    assert not list((done / "unfinished").iterdir())
+
+
+class Killed(BaseException):
+    """Nothing handles it, as nothing handles SIGKILL."""
+
+
+def test_a_kill_at_any_write_loses_nothing(done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every file is moved into place by ``os.replace``: each dies once right before and once right after a move."""
+    monkeypatch.setattr(tally, "SAVE_SECONDS", 0.0)
+    move, kills = os.replace, Counter[Path]()
+
+    def replace(source: Path, target: Path) -> None:
+        kills[target] += 1
+        if kills[target] == 1:
+            raise Killed
+        move(source, target)
+        if kills[target] == 2:
+            raise Killed
+
+    monkeypatch.setattr(os, "replace", replace)
+    images, cell = data.load("digits"), two_cells()[1]
+    while reproduce.load(cell, tmp_path) is None:
+        with contextlib.suppress(Killed):
+            reproduce.compute(cell, tmp_path, images, on_progress=lambda what: None)
+    names = Counter(path.suffix if path.parent.name in ("cells", "unfinished") else path.name for path in kills)
+    networks = {"config.json": 2, "metrics.jsonl": 2, "checkpoint.safetensors": 2, "model.safetensors": 2}
+    assert names == networks | {".safetensors": 1, ".json": 1}
+    assert min(kills.values()) >= 2
+    ((name, path),) = files(tmp_path).items()
+    assert without_times(path) == without_times(files(done)[name])
+
+
+def _child(folder: Path) -> None:
+    torch.set_num_threads(1)
+    tally.SAVE_SECONDS = 0.0
+    cli.app(["reproduce", "cnode", *TINY, *ONLY, "--out", str(folder)])
+
+
+def test_sigkill_loses_no_cell(done: Path, tmp_path: Path) -> None:
+    """Killed in the second evaluation."""
+    process = SERVER.Process(target=_child, args=(tmp_path,))
+    process.start()
+    deadline = time.monotonic() + 60
+    second = f"unfinished/{two_cells()[1].name}.safetensors"
+    while process.is_alive() and time.monotonic() < deadline and not (tmp_path / second).exists():
+        time.sleep(0.002)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    (finished,) = files(tmp_path).values()
+    before = finished.read_bytes(), finished.stat().st_mtime_ns
+    result = cnode(tmp_path)
+    assert result.exit_code == 0, result.output
+    assert (finished.read_bytes(), finished.stat().st_mtime_ns) == before
+    assert "rnf: 1 of 2 cells are done" in result.stderr
+    assert ROWS[0] not in result.stderr
+    for name, path in files(tmp_path).items():
+        assert without_times(path) == without_times(files(done)[name])
+
+
+def copied(done: Path, folder: Path) -> tuple[reproduce.Cell, Path]:
+    """A finished cell in a folder of its own."""
+    cell = two_cells()[0]
+    path = folder / "cells" / f"{cell.name}.json"
+    path.parent.mkdir()
+    path.write_bytes(files(done)[path.name].read_bytes())
+    return cell, path
+
+
+def signed(content: dict[str, Any]) -> bytes:
+    del content["sha256"]
+    return json.dumps({"sha256": cell_module._digest(content), **content}).encode()
+
+
+HARMS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
+    "truncated": (lambda text: text[:-20], "is truncated or was altered"),
+    "empty": (lambda text: b"", "is truncated or was altered"),
+    "bytes": (lambda text: b"\xff" + text[1:], "is truncated or was altered"),
+    "list": (lambda text: b"[1, 2]", "is truncated or was altered"),
+    "field": (lambda text: text.replace(b'"penalty"', b'"penality"'), "its content does not match its SHA-256"),
+    "number": (lambda text: text.replace(b'"mean": 0.', b'"mean": 0.9'), "its content does not match its SHA-256"),
+    "settings": (lambda text: text.replace(b'"epochs": 1', b'"epochs": 2'), "its content does not match its SHA-256"),
+    "other settings": (
+        lambda text: signed(json.loads(text.replace(b'"epochs": 1', b'"epochs": 2'))),
+        "has other settings than its name stands for",
+    ),
+}
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_an_altered_cell_is_refused_and_computed_again(harm: str, done: Path, tmp_path: Path) -> None:
+    cell, path = copied(done, tmp_path)
+    content, (change, message) = path.read_bytes(), HARMS[harm]
+    whole = reproduce.read(cell, tmp_path)
+    assert whole is not None
+    assert whole.to_json().encode() == content
+    assert change(content) != content
+    path.write_bytes(change(content))
+    with pytest.raises(reproduce.CellError, match=message) as refused:
+        reproduce.read(cell, tmp_path)
+    assert str(path) in str(refused.value)
+    with pytest.warns(UserWarning, match=f"{message}.*: this cell is computed again"):
+        assert reproduce.load(cell, tmp_path) is None
+
+
+def test_a_cell_of_another_version_is_computed_again_but_summed_up(done: Path, tmp_path: Path) -> None:
+    cell, path = copied(done, tmp_path)
+    path.write_bytes(signed({**json.loads(path.read_bytes()), "version": "0.0.1"}))
+    with pytest.warns(UserWarning, match=r"was written by version 0\.0\.1, this is .*: this cell is computed again"):
+        assert reproduce.load(cell, tmp_path) is None
+    found = reproduce.read(cell, tmp_path)
+    assert found is not None
+    assert "Computed with robust_node_fast 0.0.1 and PyTorch" in reproduce.markdown([cell], {cell.name: found})
+
+
+def test_an_altered_cell_on_the_command_line(done: Path, tmp_path: Path) -> None:
+    """Computed again from its network, and the reason said."""
+    for name in ("cells", "networks"):
+        shutil.copytree(done / name, tmp_path / name)
+    path = next(iter(files(tmp_path).values()))
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    result = cnode(tmp_path)
+    assert result.exit_code == 0, result.output
+    (note,) = [line for line in result.stderr.splitlines() if "truncated" in line]
+    assert note.startswith(f"rnf: note: {path} is truncated")
+    assert "rnf: 1 of 2 cells are done" in result.stderr
+    assert without_times(path) == without_times(files(done)[path.name])
+
+
+def test_a_network_that_was_altered_is_refused(done: Path, tmp_path: Path) -> None:
+    shutil.copytree(done / "networks", tmp_path / "networks")
+    run = tmp_path / "networks" / grid.network_name(two_cells()[1].config)
+    weights, config = run / "checkpoint.safetensors", run / "config.json"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-8] + b"altered!")
+    result = cnode(tmp_path)
+    assert result.exit_code == 1
+    assert f"does not match its SHA-256; delete {run} to train this network again" in result.stderr
+    weights.write_bytes(content)
+    config.write_text(config.read_text().replace('"lr": 0.05', '"lr": 0.04'))
+    result = cnode(tmp_path)
+    assert result.exit_code == 1
+    assert f"describes another network than the folder's name stands for: delete {run}" in result.stderr
+
+
+def test_an_interrupt_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise training.Interrupted(signal.SIGTERM, 3, 4)
+
+    monkeypatch.setattr(cell_module.training, "fit", stop)
+    result = cnode(tmp_path)
+    assert result.exit_code == 128 + signal.SIGTERM
+    assert result.stderr.endswith("rnf: stopped by SIGTERM after step 3 of 4; the same command goes on\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--only", "gri"], 2, "only='gri' fits no row"),
+        (["--epochs", "0"], 2, "epochs=0 is too small"),
+        (["--train-samples", "0"], 2, "train_samples=0 is too small"),
+        (["--attack-samples", "0"], 2, "--attack-samples"),
+        (["--seeds", "0"], 2, "--seeds"),
+        (["--dataset", "cifar10"], 2, "cifar10"),
+    ],
+)
+def test_bad_input(arguments: list[str], code: int, message: str, tmp_path: Path) -> None:
+    result = CliRunner().invoke(
+        cli.app, ["reproduce", "cnode", "--out", str(tmp_path / "x"), *arguments], env={"COLUMNS": "300"}
+    )
+    assert result.exit_code == code
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "x").exists()
+
+
+def test_unwritable_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    result = cnode(tmp_path / "file" / "x")
+    assert result.exit_code == 1
+    (line,) = result.stderr.splitlines()
+    assert "file/x cannot be written" in line
+
+
+# --- the page ----------------------------------------------------------------------------------------------------
+
+
+def made_up(cell: reproduce.Cell, accuracy: Callable[[str, float], float]) -> reproduce.CellResult:
+    """With a given accuracy in every column and claim."""
+    tests = {(name, strength) for _, name, strength in summary.COLUMNS} | {*claims.NOISES, *claims.ATTACKS}
+    results = [
+        robustness.Result(f"{name}vanilla" if name.endswith(" ") else name, strength, (accuracy(name, strength),))
+        for name, strength in sorted(tests)
+    ]
+    report = robustness.Report("standard", 10, tuple(results), (), {"torch": "2"})
+    return reproduce.CellResult("1", cell.settings, 1.5, 0.25, (0.5, 0.6, 0.7, 0.75, 0.8), 60.0, report)
+
+
+def page_lines(text: str, start: str) -> list[list[str]]:
+    return [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith(f"| {start}")]
+
+
+def test_summary_of_what_was_run(done: Path) -> None:
+    text = (done / "summary.md").read_text()
+    clean = [100 * without_times(path)["report"]["results"][0]["mean"] for path in files(done).values()]
+    rows = page_lines(text, "grid/identity/")
+    assert sorted(row[:2] for row in rows) == sorted([row, "1"] for row in ROWS)
+    assert Counter(row[2] for row in rows) == Counter(f"{accuracy:.1f}" for accuracy in clean)
+    assert "Attacks ran on the first 8 of 360 images." in text
+    assert "2 of 2 cells." in text
+    assert "missing" not in text
+
+
+def test_start_and_penalty_are_told_apart() -> None:
+    """Accuracies are a sum of known effects; the page has to find these, also where a part of the grid is missing."""
+    starts = {"default": 0.0, "authors": 0.20, "identity": 0.10}
+    penalties = {"none": 0.0, "2": 0.05, "2-sharp": 0.03, "inf": -0.02}
+
+    def result(cell: reproduce.Cell) -> reproduce.CellResult:
+        _, start, penalty = cell.row.split("/")
+        level = 0.3 + starts[start] + penalties[penalty] + 0.01 * cell.config.seed
+        if (start, penalty) == ("identity", "2"):
+            level -= 0.12  # here the penalty harms
+        return made_up(cell, lambda name, strength: level)
+
+    cells = reproduce.cells("mnist", only=["grid"])
+    results = {cell.name: result(cell) for cell in cells}
+    text = reproduce.markdown(cells, results)
+    assert page_lines(text, "grid/authors/2 ")[0][:3] == ["grid/authors/2", "3", "56.0 ± 1.0"]
+    by_change = {line[0]: line[1:] for line in page_lines(text, "")}
+    assert by_change["penalty 2 instead of none"] == ["3 of 3", *["+1.0 (-7.0 to +5.0)"] * len(summary.CONTRASTED)]
+    assert by_change["penalty inf instead of none"][1] == "-2.0 (-2.0 to -2.0)"
+    assert by_change["start authors instead of default"][1] == "+20.0 (+20.0 to +20.0)"
+    assert by_change["start identity instead of default"][1] == "+7.0 (-2.0 to +10.0)"
+    assert by_change["in the paper: authors/2 instead of default/none"][1] == "+25.0"
+    assert by_change["of this, the start: authors/none instead of default/none"][1] == "+20.0"
+    assert by_change["of this, the penalty: authors/2 instead of authors/none"][1] == "+5.0"
+    assert "36 of 36 cells." in text
+    assert "exceeds that after epoch 3 by +10.0 (+10.0 to +10.0) points; 0 of 36 networks" in text
+
+    part = {name: found for name, found in results.items() if "authors-none" not in name and "seed2" not in name}
+    text = reproduce.markdown(cells, part)
+    by_change = {line[0]: line[1:] for line in page_lines(text, "")}
+    assert by_change["penalty 2 instead of none"][:2] == ["2 of 3", "-1.0 (-7.0 to +5.0)"]
+    assert set(by_change["of this, the start: authors/none instead of default/none"]) <= {"0 of 1", ""}
+    assert "22 of 36 cells." in text
+    assert "- `grid/authors/none`: seed 0, 1, 2" in text
+    assert "- `grid/authors/2`: seed 2" in text
+
+
+@pytest.mark.parametrize(
+    ("clean", "gain", "transfer", "verdicts"),
+    [
+        (0.98, 0.34, 0.60, ["holds", "holds", "holds", "holds", "holds"]),
+        (0.95, 0.31, 0.48, ["holds", "holds", "holds", "holds", "holds"]),
+        (0.94, 0.10, 0.46, ["no", "in part", "in part", "in part", "no"]),
+        (0.94, 0.02, 0.10, ["no", "no", "no", "no", "no"]),
+        (0.94, -0.2, 0.10, ["no", "no", "no", "no", "no"]),
+    ],
+)
+def test_claims(clean: float, gain: float, transfer: float, verdicts: list[str]) -> None:
+    def result(cell: reproduce.Cell) -> reproduce.CellResult:
+        def accuracy(name: str, strength: float) -> float:
+            if name == "clean":
+                return clean
+            if name == claims.TRANSFER:
+                return transfer
+            best = (name, strength) in (("gaussian", 0.1), ("pgd", 0.05))
+            return 0.4 + (gain if best and cell.config.network == "contractive" else min(0.0, gain))
+
+        return made_up(cell, accuracy)
+
+    cells = reproduce.cells("mnist", only=["grid/authors/2", "grid/default"])
+    rows = reproduce.by_row(cells, {cell.name: result(cell) for cell in cells})["grid"]
+    found = list(claims.verdicts(rows, "mnist"))
+    assert [verdict.verdict for verdict in found] == [*verdicts, *verdicts, "not measured", "not measured"]
+    assert all(verdict.seeds == 3 for verdict in found[:10])
+    if gain > 0:
+        assert found[1].found == f"{100 * gain:+.1f} (gaussian 0.1: {40 + 100 * gain:.1f}% against 40.0%)"
+        assert found[2].found.startswith(f"{100 * gain:+.1f} (pgd 0.05: ")
+    assert len(list(claims.verdicts(rows, "fashionmnist"))) == 8  # those that are about MNIST are left out
+
+
+@pytest.mark.parametrize(("step", "verdict"), [(0.004, "holds"), (0.006, "no")])
+def test_claim_about_the_rate(step: float, verdict: str) -> None:
+    cells = reproduce.cells("mnist", seeds=1, only=["rho/default"])
+    results = {
+        cell.name: made_up(cell, lambda name, strength, level=0.9 - number * step: level)
+        for number, cell in enumerate(cells)
+    }
+    (found,) = [v for v in claims.verdicts(reproduce.by_row(cells, results)["rho"], "mnist") if v.seeds]
+    assert found.claim == "insensitive to rho from 0.1 to 15"
+    assert found.verdict == verdict
+    assert found.found.startswith(f"clean: {600 * step:.1f} points apart")
+
+
+def test_unreliable_cells_are_marked() -> None:
+    (cell,) = reproduce.cells("mnist", seeds=1, only=["grid/default/2"])
+    result = made_up(cell, lambda name, strength: 0.5)
+    check = robustness.Check("eps 0 = clean", False, "")
+    failed = dataclasses.replace(result, report=dataclasses.replace(result.report, checks=(check,)))
+    text = reproduce.markdown([cell], {cell.name: failed})
+    assert "**grid/default/2, seed 0: UNRELIABLE: 1 of 1 checks failed (eps 0 = clean).**" in text
+    assert "UNRELIABLE" not in reproduce.markdown([cell], {cell.name: result})
+
+
+def test_summary_command(tmp_path: Path) -> None:
+    cells = reproduce.cells("mnist", seeds=1, only=["grid/default/2", "grid/default/none"])
+    other = reproduce.cells("mnist", seeds=1, only=["grid/default/2"], epochs=1)[0]
+    for folder, cell in (("a", cells[0]), ("b", cells[1]), ("b", other)):
+        path = cell_module.path_of(cell, tmp_path / folder)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(made_up(cell, lambda name, strength: 0.5).to_json())
+    page = tmp_path / "docs" / "page.md"
+    result = rnf("summary", tmp_path / "a", tmp_path / "b", "--seeds", "2", "--output", page)
+    assert result.exit_code == 0, result.output
+    text = page.read_text()
+    assert [row[:3] for row in page_lines(text, "grid/")] == [
+        ["grid/default/none", "1", "50.0"],
+        ["grid/default/2", "1", "50.0"],
+    ]
+    unique = {cell.name for cell in reproduce.cells("mnist", seeds=2)}
+    assert f"2 of {len(unique)} cells." in text
+    assert f"0 of {len(unique)} cells." in text  # FashionMNIST
+    assert "- `grid/default/2`: seed 1\n" in text
+    assert "- `jacobian, every row`: seed 0, 1\n" in text
+    assert f"note: 1 cells of other settings are left out, {cell_module.path_of(other, tmp_path / 'b')}" in (
+        result.stderr
+    )
+    path = cell_module.path_of(cells[0], tmp_path / "a")
+    path.write_text(path.read_text().replace('"rate": 1.5', '"rate": 2.5'))
+    result = rnf("summary", tmp_path / "a", "--output", page)
+    assert result.exit_code == 1
+    assert f"{path} is truncated or was altered (ValueError: its content does not match its SHA-256)" in result.stderr
+    assert page.read_text() == text
+
+
+def test_the_committed_page_is_what_the_committed_cells_say(tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parent.parent
+    folders = sorted(path for path in (root / "results").iterdir() if path.is_dir())
+    result = rnf("summary", *folders, "--output", tmp_path / "results.md")
+    assert result.exit_code == 0, result.output
+    assert "left out" not in result.stderr
+    assert (tmp_path / "results.md").read_text() == (root / "docs" / "results.md").read_text()
