@@ -580,7 +580,7 @@ def test_summary_command(tmp_path: Path) -> None:
 
 def test_the_committed_page_is_what_the_committed_cells_say(tmp_path: Path) -> None:
     root = Path(__file__).resolve().parent.parent
-    folders = sorted(path for path in (root / "results").iterdir() if path.is_dir())
+    folders = sorted(path for path in (root / "docs" / "results").iterdir() if path.is_dir())
     result = rnf("summary", *folders, "--output", tmp_path / "results.md")
     assert result.exit_code == 0, result.output
     assert "left out" not in result.stderr
