@@ -163,7 +163,9 @@ def _cost(found: Sequence[CellResult]) -> Iterator[str]:
     }
     total = sum(cell.seconds for cell in found)
     parts = ", ".join(f"{kind} {value:.0f}" for kind, value in seconds.items())
-    yield f"{total / 3600:.1f} hours for these cells; a cell takes {sum(seconds.values()):.0f} s: {parts}."
+    threads = " or ".join(map(str, sorted({cell.report.settings["threads"] for cell in found})))
+    yield f"{total / 3600:.1f} hours for these cells, on {threads} threads of one process; a cell takes"
+    yield f"{sum(seconds.values()):.0f} s: {parts}."
     last = len(found[0].accuracy_by_epoch)
     if all(len(cell.accuracy_by_epoch) == last > 3 for cell in found):
         short = [100.0 * (cell.accuracy_by_epoch[-1] - cell.accuracy_by_epoch[2]) for cell in found]

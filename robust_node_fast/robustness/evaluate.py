@@ -253,6 +253,7 @@ def evaluate(
         "sources": list(sources),
         "transfer_eps": transfer_radii if sources else [],
         "device": str(device),
+        "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "robust_node_fast": __version__,
     }
