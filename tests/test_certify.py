@@ -245,10 +245,11 @@ def test_float32_never_claims_more_than_float64(
     wide, wide_bound = euler_conv_flow_bound(*double, **options)
     assert (bound >= exact_bound).all()
     assert ((centre - exact).abs() <= bound).all()
-    # What rounding costs: less than a ten-thousandth of the states more in the beginning.
+    # What rounding costs: less than a ten-thousandth of the states more in the beginning, which a contractive flow
+    # makes small again, and a tenth of that in the end.
     scale = max(exact.abs().amax().item(), z.abs().amax().item())
     _, loose = reference.bound_e(double[0], double[1] + 1e-4 * scale, *double[2:], step_size, negative_slope, steps)
-    assert (bound <= loose * (1 + 1e-3)).all()
+    assert (bound <= loose * (1 + 1e-3) + 1e-5 * scale).all()
     assert (wide_bound <= exact_bound + (loose - exact_bound + loose) * 1e-7).all()
     assert (wide - exact).abs().amax() <= 1e-11 * scale
     if COMPILED:  # the reference leaves out its own rounding
