@@ -36,7 +36,7 @@ ELEMENTS = (("bf16", ""), ("fp16", ""), ("fp32", ""))  # of kernels without prod
 CONVOLUTIONS = ("euler_step", "gradient_step", "weight_gradient", "weight_gradient atomic")
 PENALTIES = ("penalty", "penalty_gradient")
 ACTIVATIONS = ("smooth_leaky_relu", "smooth_leaky_relu_backward")
-KERNEL_SIZES = (3, 1, 5)  # all blocks for the first, the largest ones, which would spill first, for the others
+KERNEL_SIZES = (1, 3, 5)
 UNIT_STRIDES = ("in_channel", "out_channel", "slope_channel", "channel", "below_channel", "state_channel")
 POINTERS = (
     *("input", "filters", "bias", "output", "slopes", "v", "grad", "extra", "grad_below", "v_below", "state"),
@@ -96,7 +96,7 @@ def jobs() -> list[Job]:
         for kernel_size in ((0,) if kernel in ACTIVATIONS else KERNEL_SIZES)
         for dtype, precision in (PRODUCTS if kernel in CONVOLUTIONS else ELEMENTS)
         for channels in (("multiple of 16", "any") if kernel in CONVOLUTIONS else ("any",))
-        for blocks in range(len(_blocks(kernel, dtype, precision, channels)) if kernel_size == KERNEL_SIZES[0] else 1)
+        for blocks in range(len(_blocks(kernel, dtype, precision, channels)))
         for target in TARGETS
     ]
 

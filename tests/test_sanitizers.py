@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FLAGS = ["-std=c++17", "-O1", "-g1", "-Wall", "-Wextra", "-Werror", "-fno-omit-frame-pointer"]
+FLAGS = ["-std=c++17", "-Og", "-g1", "-Wall", "-Wextra", "-Werror", "-fno-omit-frame-pointer"]
 # Without the parts of UBSan for what AddressSanitizer sees anyway: they take a third of the compiler's time.
 SANITIZERS = [
     "-fsanitize=address,undefined",

@@ -1,8 +1,8 @@
 """No Triton kernel spills registers or outgrows a target, low precision runs on tensor cores, the table is up to date.
 
-Compiled again is every kernel whose digest is not the table's, and of the others every 41st, which comes past every
+Compiled again is every kernel whose digest is not the table's, and of the others every 73rd, which comes past every
 target in turn. Where it begins changes from run to run, so that in time all are compiled; ``RNF_TEST_SEED`` repeats a
-run, and ``RNF_TRITON_RESOURCES=all`` compiles everything, a quarter of an hour on two cores. So does another version
+run, and ``RNF_TRITON_RESOURCES=all`` compiles everything, half an hour on two cores. So does another version
 of Triton than the table's: it allocates registers in its own way, and only what must hold anywhere is asked of it.
 """
 
@@ -21,7 +21,7 @@ from robust_node_fast.bench import resources
 
 triton = pytest.importorskip("triton")
 KERNELS = Path(__file__).resolve().parent.parent / "kernels"
-EVERY = 1 if os.environ.get("RNF_TRITON_RESOURCES") == "all" else 41
+EVERY = 1 if os.environ.get("RNF_TRITON_RESOURCES") == "all" else 73
 REGENERATE = "if this is intended, run python -m robust_node_fast.bench.resources"
 
 
@@ -45,9 +45,13 @@ def test_every_configuration_is_in_the_table(committed: list[resources.Resources
     from robust_node_fast.kernels import configs
 
     tuned = {
-        (kernel, str(blocks)) for kernel, kinds in configs.BLOCKS.items() for of in kinds.values() for blocks in of
+        (kernel, str(blocks), size)
+        for kernel, kinds in configs.BLOCKS.items()
+        for of in kinds.values()
+        for blocks in of
+        for size in resources.KERNEL_SIZES
     }
-    assert tuned <= {(row.kernel, row.configuration) for row in committed}
+    assert tuned <= {(row.kernel, row.configuration, row.kernel_size) for row in committed}
     for kernel in configs.BLOCKS:
         found = {(r.kernel_size, r.dtype, r.precision, r.channels, r.target) for r in committed if r.kernel == kernel}
         assert len(found) == 3 * len(resources.PRODUCTS) * 2 * len(resources.TARGETS)
