@@ -300,8 +300,12 @@ def test_second_sigint_acts_at_once(tmp_path: Path) -> None:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt):
-        training.fit(folder, DIGITS, on_step=on_step)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            training.fit(folder, DIGITS, on_step=on_step)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_fit_outside_the_main_thread(tmp_path: Path) -> None:
