@@ -11,7 +11,7 @@ demo: setup
 	$(BIN)/rnf demo --out runs/demo
 
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest
 
 bench: $(VENV)/.bench
 	$(BIN)/rnf bench --output bench/results --plots docs
