@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robust_node_fast import _C, _checks, _layout
+from robust_node_fast import _checks, _layout
+from robust_node_fast._C import HUGE_PAGE, Memory
 
 _native = torch.ops.robust_node_fast_cpu
 _flow_forward = _native.flow_forward.default
@@ -127,9 +128,9 @@ def euler_conv_flow(
 def _kept(shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> Tensor:
     """``torch.empty`` in memory that an earlier call has used: fresh pages take as long as what is written to them."""
     count = math.prod(shape)
-    if count * dtype.itemsize < _C.HUGE_PAGE:
+    if count * dtype.itemsize < HUGE_PAGE:
         return torch.empty(shape, dtype=dtype, device=device)
-    return torch.frombuffer(_C.Memory(count * dtype.itemsize), dtype=dtype, count=count).view(shape)
+    return torch.frombuffer(Memory(count * dtype.itemsize), dtype=dtype, count=count).view(shape)
 
 
 def euler_conv_flow_saving(

@@ -8,6 +8,7 @@ filters, from 16 channels on) the factor is 4.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ from helpers import (
     assert_finite,
     assert_layout_kept,
     gradients,
+    kernels_in,
     max_error,
     random_filters,
     random_state,
@@ -111,27 +113,30 @@ def run(module: Any, p: Problem, tensors: list[Tensor | None], grad_output: Tens
     return gradients(call, tensors, grad_output)
 
 
-def check_flow(p: Problem, factor: float | None = None) -> None:
+def check_flow(p: Problem, factors: dict[str, float] | None = None) -> None:
+    """In each of the layouts with its factor; where none is given, in the one that the rule chooses."""
     torch.manual_seed(p.seed)
     input = random_state(p.shape, p.layout, p.dtype)
     weight, bias = random_filters(p.shape[1], p.kernel, None if p.shared else p.steps, p.bias, p.dtype)
     grad_output = torch.randn(*((p.steps + 1,) if p.trajectory else ()), *p.shape).to(p.dtype)
     tensors = [input, weight, bias]
 
-    ours = run(functional, p, tensors, grad_output)
     same_dtype = run(reference, p, tensors, grad_output)
     exact = run(reference, p, [None if t is None else t.double() for t in tensors], grad_output.double())
 
-    assert_layout_kept(ours[0], input)
     largest = max((t.abs().max().item() for t in (input, exact[0]) if t.numel()), default=0.0)
     incoming = grad_output.double().flatten()
     # A weight or bias gradient is a sum over all pixels, states and samples: its size is that of a random walk.
     walk = abs(p.step_size) * incoming.norm().item() * max(1.0, largest)
     scales = [largest, incoming.abs().max().item() if incoming.numel() else 0.0, walk, walk]
-    for mine, theirs, truth, scale, what in zip(
-        ours, same_dtype, exact, scales, ("output", "grad input", "grad weight", "grad bias"), strict=False
-    ):
-        assert_as_accurate(mine, theirs, truth, scale, what, factor or p.factor)
+    for layout, factor in (factors or {"": p.factor}).items():
+        with kernels_in(layout) if layout else nullcontext():
+            ours = run(functional, p, tensors, grad_output)
+        assert_layout_kept(ours[0], input)
+        for mine, theirs, truth, scale, what in zip(
+            ours, same_dtype, exact, scales, ("output", "grad input", "grad weight", "grad bias"), strict=False
+        ):
+            assert_as_accurate(mine, theirs, truth, scale, f"{layout} {what}", factor)
 
 
 @given(problems())

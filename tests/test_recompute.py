@@ -197,7 +197,7 @@ def test_gradcheck_and_gradgradcheck(shared: bool, backend: str) -> None:
         return flow((t[0], t[1], t[2]), recompute=False, n_steps=2)
 
     assert gradcheck(call, tensors)
-    assert gradgradcheck(call, tensors)
+    assert gradgradcheck(call, tensors, fast_mode=True)  # in random directions: one by one takes minutes
 
 
 def test_second_order_equals_that_of_recomputing() -> None:
