@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from robust_node_fast.nn import EulerConvFlow, PadChannels, SmoothLeakyReLU, center_bias_
 
-__all__ = ["CIFARNode", "MNISTNode", "StagedCIFARNode"]
+__all__ = ["CIFARNode", "MNISTNode", "StagedCIFARNode", "StridedNode"]
 
 
 class _Node(nn.Module):
@@ -203,3 +203,46 @@ class StagedCIFARNode(_Node):
         first, *later = self.stages
         between = [layer for pad, stage in zip(self.pads, later, strict=True) for layer in (self.pool, pad, stage)]
         return [self.conv0, self.bn, first, *between, self.flatten, self.fc1]
+
+
+class StridedNode(_Node):
+    """``fc1(s(fc0(flatten(z))))`` behind stages ``z = flow(s(conv(z)))`` whose convolutions halve the image.
+
+    Without batch normalisation, so that bound E can be trained; the start keeps intervals as wide as they are. Input
+    ``(B, in_channels, image_size, image_size)`` in [0, 1]; output logits ``(B, num_classes)``.
+
+    Source: this project's, for certified training (docs/certify.md); the start is that of arXiv 2103.17268.
+    """
+
+    _first_key, _key = 0, "conv."
+
+    def __init__(
+        self,
+        channels: Sequence[int] = (16, 32),
+        n_steps: int = 1,
+        step_size: float = 1.0,
+        hidden_features: int = 32,
+        in_channels: int = 1,
+        image_size: int = 28,
+        num_classes: int = 10,
+    ) -> None:
+        super().__init__()
+        before = (in_channels, *channels[:-1])
+        pairs = zip(before, channels, strict=True)
+        self.downs = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairs)
+        self.stages = nn.ModuleList(EulerConvFlow(width, n_steps, step_size) for width in channels)
+        self.activation = SmoothLeakyReLU(self.stages[0].negative_slope)
+        side = image_size
+        for _ in channels:
+            side = (side + 1) // 2
+        self.flatten = nn.Flatten()
+        self.fc0 = nn.Linear(channels[-1] * side**2, hidden_features)
+        self.fc1 = nn.Linear(hidden_features, num_classes)
+
+    def layers(self) -> list[nn.Module]:
+        pairs = zip(self.downs, self.stages, strict=True)
+        stages = [layer for down, flow in pairs for layer in (down, self.activation, flow)]
+        return [*stages, self.flatten, self.fc0, self.activation, self.fc1]
+
+
+Model = MNISTNode | CIFARNode | StagedCIFARNode | StridedNode

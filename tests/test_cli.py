@@ -409,7 +409,7 @@ def small_digits(monkeypatch: pytest.MonkeyPatch) -> None:
         test_labels=whole.test_labels[:20],
     )
     monkeypatch.setattr(cli.data, "load", lambda name: few)
-    monkeypatch.setitem(training.RECIPES, "digits", {"epochs": 1, "n_steps": 2})  # type: ignore[arg-type]
+    monkeypatch.setitem(training.RECIPES["contractive"], "digits", {"epochs": 1, "n_steps": 2})  # type: ignore[arg-type]
     monkeypatch.setattr("robust_node_fast._demo.WORK", (("digits network", 8), ("MNIST network", 12)))
 
 
