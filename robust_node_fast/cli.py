@@ -100,14 +100,16 @@ def _options_of_config(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _default_of(field: dataclasses.Field[Any]) -> str:
-    """``5; digits: 30``: the default, then the recipes that depart from it."""
+    """``5; digits: 30; certified: 20``: the default, then the recipes that depart from it."""
     default = field.default_factory() if callable(field.default_factory) else field.default
-    departures = [
-        f"{dataset if recipe == 'contractive' else f'{recipe} {dataset}'}: {values[field.name]}"
-        for recipe, datasets in training.RECIPES.items()
-        for dataset, values in datasets.items()
-        if field.name in values
-    ]
+    departures = []
+    for recipe, datasets in training.RECIPES.items():
+        given = {dataset: values[field.name] for dataset, values in datasets.items() if field.name in values}
+        if recipe != "contractive" and given:  # for all data sets where they agree
+            agree = len(set(map(str, given.values()))) == 1
+            given = {f"{recipe} {dataset}": value for dataset, value in given.items()}
+            given = {recipe: next(iter(given.values()))} if agree else given
+        departures += [f"{name}: {value}" for name, value in given.items()]
     return "; ".join([str(default) if default not in (None, []) else "none", *departures])
 
 

@@ -457,6 +457,18 @@ def test_worst_case_logits_are_those_of_the_certificate() -> None:
         assert torch.equal(logits.argmax(1) == y, certify.linf_certified(model, x, y, eps))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rounding_makes_no_radius_negative(dtype: torch.dtype) -> None:
+    """Computed, s(z + R) can be below s(z) where R is below the rounding error of s."""
+    z = torch.empty(1, 1, 100, 1000, dtype=dtype).uniform_(-30, 30)
+    box = certify.interval.Box(z, (1e-3 * torch.finfo(dtype).eps * z.abs()).clamp(min=torch.finfo(dtype).tiny))
+    near = certify.interval.Box(z, (torch.nextafter(z, z + 1) - z) * torch.randint(1, 3, z.shape))
+    activation = rnf.nn.SmoothLeakyReLU()
+    assert (activation(z + near.radius) < activation(z)).any()  # that it happens
+    for tried in (box, near):
+        assert (certify.interval._through(activation, tried).radius >= 0).all()
+
+
 def test_gradients_of_worst_case_logits() -> None:
     model, x = small_network().double(), samples(3).double()
     y = torch.tensor([0, 3, 1])

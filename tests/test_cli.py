@@ -82,10 +82,10 @@ def test_help_shows_every_field_with_help_and_default() -> None:
         assert f"--{field.name.replace('_', '-')} " in text
         if field.name not in ("dataset", "network"):  # these two have words of their own
             assert field.metadata["help"] in text
-    assert "[default: (5; digits: 30; cifar10: 100)]" in text
+    assert "[default: (5; digits: 30; cifar10: 100; certified: 30)]" in text
     assert "[default: (0.05)]" in text
     assert "[default: digits]" in text
-    assert "[default: both]" in text
+    assert "[default: (both; certified: vanilla)]" in text
 
 
 def test_train_writes_a_run(trained: Path) -> None:
@@ -395,6 +395,17 @@ def test_demo_prints_one_table_and_writes_its_folder(
         assert (tmp_path / name).stat().st_size > 0
     assert "![accuracy](accuracy.png)" in (tmp_path / "report.md").read_text()
     assert rnf("demo", "--out", tmp_path).exit_code == 0  # again, over its own folder
+
+
+def test_train_takes_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = rnf("train", "--recipe", "certified", "--epochs", "1", "--seed", "3")
+    assert result.exit_code == 0, result.output
+    config = training.load_config(Path("runs/digits-certified-seed3"))
+    assert config == training.TrainConfig.recipe("digits", "certified", epochs=1, seed=3)
+    result = rnf("train", "--recipe", "certified", "--dataset", "cifar10")
+    assert result.exit_code == 2
+    assert "recipe='certified' is there for" in " ".join(result.output.split())
 
 
 @pytest.fixture

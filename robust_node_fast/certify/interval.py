@@ -106,7 +106,7 @@ def _activation(layer: SmoothLeakyReLU | nn.ReLU, box: Box) -> Box:
     if slope < 0.0:
         return Box(layer(z), radius * max(1.0, -slope))  # it falls and rises: no slope is larger than these
     centre = layer(z)
-    spread = layer(z + radius) - centre
+    spread = (layer(z + radius) - centre).clamp(min=0.0)  # computed, the activation may fall by a rounding error
     return Box(centre, spread if slope <= 1.0 else torch.maximum(spread, centre - layer(z - radius)))
 
 
