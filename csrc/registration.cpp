@@ -1,7 +1,7 @@
 // Hands tensors to the CPU kernels. Only PyTorch's stable ABI is used, so one build serves every torch >= 2.10.
 //
 // The ops here write into tensors that Python allocated (robust_node_fast/_cpu.py): strides are decided in one place.
-// pybind11 binds only introspection.
+// pybind11 binds introspection and memory.
 #include <pybind11/pybind11.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -127,8 +127,6 @@ void flow_forward(Tensor input, Tensor weight, std::optional<Tensor> bias, doubl
   check_like(output, shape, "output", n_steps + 1);
   if (states) check_like(*states, shape, "states", n_steps);
   if (slopes) check_like(*slopes, shape, "slopes", n_steps);
-  for (const std::optional<Tensor>& fresh : {states, slopes})
-    if (fresh) rnf::prefer_huge_pages(fresh->mutable_data_ptr(), fresh->numel() * fresh->element_size());
   if (bias) check_count(*bias, shape.banks() * shape.channels, "bias");
   with_type(input, [&](auto type) {
     using T = decltype(type);
@@ -335,6 +333,22 @@ STABLE_TORCH_LIBRARY_IMPL(robust_node_fast_cpu, CPU, m) {
   m.impl("contraction_penalty_backward", TORCH_BOX(&contraction_penalty_backward));
 }
 
+// Python's hold on memory that later calls use again (memory.h).
+class Memory {
+ public:
+  explicit Memory(std::size_t bytes) : bytes_(bytes), data_(rnf::take_memory(bytes)) {}
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+  ~Memory() { rnf::give_memory(data_, bytes_); }
+  pybind11::buffer_info buffer() const {
+    return {static_cast<uint8_t*>(data_), static_cast<pybind11::ssize_t>(bytes_)};
+  }
+
+ private:
+  std::size_t bytes_;
+  void* data_;
+};
+
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Registers the CPU kernels with PyTorch when imported; describes how they were built.";
   m.def(
@@ -361,4 +375,8 @@ PYBIND11_MODULE(_C, m) {
         return info;
       },
       "Instruction sets, compiler, threading, the oldest torch it loads into, CUDA architectures of this build.");
+  pybind11::class_<Memory>(m, "Memory", pybind11::buffer_protocol(), "Uninitialised bytes, kept for the next one.")
+      .def(pybind11::init<std::size_t>())
+      .def_buffer(&Memory::buffer);
+  m.attr("HUGE_PAGE") = rnf::kHugePage;
 }

@@ -6,6 +6,7 @@ bfloat16 are rounded to it where the processor has a unit for them.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robust_node_fast import _checks, _layout
+from robust_node_fast import _C, _checks, _layout
 
 _native = torch.ops.robust_node_fast_cpu
 _flow_forward = _native.flow_forward.default
@@ -123,6 +124,14 @@ def euler_conv_flow(
     return output
 
 
+def _kept(shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``torch.empty`` in memory that an earlier call has used: fresh pages take as long as what is written to them."""
+    count = math.prod(shape)
+    if count * dtype.itemsize < _C.HUGE_PAGE:
+        return torch.empty(shape, dtype=dtype, device=device)
+    return torch.frombuffer(_C.Memory(count * dtype.itemsize), dtype=dtype, count=count).view(shape)
+
+
 def euler_conv_flow_saving(
     input: Tensor,
     weight: Tensor,
@@ -136,7 +145,7 @@ def euler_conv_flow_saving(
 ) -> tuple[Tensor, Tensor, Tensor]:
     output = _layout.empty_state(input)
     dtype = torch.bfloat16 if bfloat16 else input.dtype
-    states, slopes = _layout.empty_saved(input, n_steps, save_states, dtype)
+    states, slopes = _layout.empty_saved(input, n_steps, save_states, dtype, _kept)
     kept = states if save_states else None
     _run_flow(input, weight, bias, step_size, negative_slope, n_steps, output, kept, slopes, bfloat16)
     return output, states, slopes

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+Empty = Callable[..., Tensor]  # torch.empty, or what takes its shape, dtype and device
 
 
 def memory_format(input: Tensor) -> torch.memory_format:
@@ -35,7 +39,7 @@ def saved_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def empty_saved(
-    input: Tensor, n_steps: int | torch.SymInt, save_states: bool, dtype: torch.dtype
+    input: Tensor, n_steps: int | torch.SymInt, save_states: bool, dtype: torch.dtype, empty: Empty = torch.empty
 ) -> tuple[Tensor, Tensor]:
     """Uninitialised states (empty unless wanted) and slopes of all steps, for the backward pass of ``dtype`` tensors.
 
@@ -43,12 +47,15 @@ def empty_saved(
     """
     dtype = saved_dtype(dtype)
     order = torch.channels_last if input.shape[1] >= 16 else memory_format(input)
-    states = _empty_states(input, n_steps, order, dtype) if save_states else input.new_empty(0, dtype=dtype)
-    return states, _empty_states(input, n_steps, order, dtype)
+    states = _empty_states(input, n_steps, order, dtype, empty) if save_states else input.new_empty(0, dtype=dtype)
+    return states, _empty_states(input, n_steps, order, dtype, empty)
 
 
-def _empty_states(input: Tensor, count: int | torch.SymInt, order: torch.memory_format, dtype: torch.dtype) -> Tensor:
+def _empty_states(
+    input: Tensor, count: int | torch.SymInt, order: torch.memory_format, dtype: torch.dtype, empty: Empty = torch.empty
+) -> Tensor:
     batch, channels, height, width = input.shape
     if order is torch.channels_last:
-        return input.new_empty((count, batch, height, width, channels), dtype=dtype).permute(0, 1, 4, 2, 3)
-    return input.new_empty((count, batch, channels, height, width), dtype=dtype)
+        shape = (count, batch, height, width, channels)
+        return empty(shape, dtype=dtype, device=input.device).permute(0, 1, 4, 2, 3)
+    return empty((count, batch, channels, height, width), dtype=dtype, device=input.device)

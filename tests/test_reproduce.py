@@ -478,7 +478,8 @@ def test_start_and_penalty_are_told_apart() -> None:
     assert by_change["of this, the start: authors/none instead of default/none"][1] == "+20.0"
     assert by_change["of this, the penalty: authors/2 instead of authors/none"][1] == "+5.0"
     assert "36 of 36 cells." in text
-    assert "0.6 hours for these cells, on 3 threads of one process; a cell takes\n60 s: training 60, clean 0," in text
+    assert "0.6 hours by the clock for these cells," in text
+    assert "included, on 3 threads. Medians, in seconds: training 60, clean 0," in text
     assert "exceeds that after epoch 3 by +10.0 (+10.0 to +10.0) points; 0 of 36 networks" in text
 
     part = {name: found for name, found in results.items() if "authors-none" not in name and "seed2" not in name}

@@ -1,12 +1,13 @@
 #include "memory.h"
 
+#include <deque>
 #include <mutex>
 #include <new>
 
 namespace rnf {
 namespace {
 
-constexpr std::size_t kLine = 64, kPage = 4096, kSmallest = std::size_t{64} << 10, kMostBytes = std::size_t{128} << 20;
+constexpr std::size_t kLine = 64, kPage = 4096, kSmallest = std::size_t{64} << 10, kMostBytes = std::size_t{512} << 20;
 
 // Address sanitizers see what is outside an allocation, not what is outside of its used part.
 #ifdef __SANITIZE_ADDRESS__
@@ -15,12 +16,22 @@ constexpr bool kKeeps = false;
 constexpr bool kKeeps = true;
 #endif
 
-struct Kept {  // at the start of the memory it describes
+struct Kept {
+  void* data;
   std::size_t bytes;
-  Kept* next;
 };
 std::mutex mutex;
-Kept* newest = nullptr;
+std::deque<Kept>& kept = *new std::deque<Kept>;  // newest first; lives on for tensors that outlive this library
+std::size_t kept_bytes = 0;
+
+// Pages stay until the system wants them.
+void disown(void* data, std::size_t bytes) {
+#if defined(__linux__) && defined(MADV_FREE)
+  if (bytes >= kHugePage) madvise(data, bytes, MADV_FREE);  // whole pages, see memory_taken and take_memory
+#else
+  (void)data, (void)bytes;
+#endif
+}
 
 }  // namespace
 
@@ -33,11 +44,12 @@ void* take_memory(std::size_t wanted) {
   const std::size_t bytes = memory_taken(wanted);
   if (kKeeps && bytes >= kSmallest) {
     const std::lock_guard<std::mutex> lock(mutex);
-    for (Kept** link = &newest; *link != nullptr; link = &(*link)->next)
-      if ((*link)->bytes == bytes) {
-        Kept* const found = *link;
-        *link = found->next;
-        return found;
+    for (auto at = kept.begin(); at != kept.end(); ++at)
+      if (at->bytes == bytes) {
+        void* const data = at->data;
+        kept.erase(at);
+        kept_bytes -= bytes;
+        return data;
       }
   }
   void* data = nullptr;  // posix_memalign: aligned_alloc wants sizes that are multiples of the alignment
@@ -52,25 +64,19 @@ void give_memory(void* data, std::size_t wanted) {
     std::free(data);
     return;
   }
-  Kept* old = nullptr;
+  disown(data, bytes);
+  std::deque<Kept> old;
   {
     const std::lock_guard<std::mutex> lock(mutex);
-    newest = new (data) Kept{bytes, newest};
-    std::size_t total = 0;
-    for (Kept** link = &newest; *link != nullptr; link = &(*link)->next) {
-      total += (*link)->bytes;
-      if (total > kMostBytes) {  // this one and all older ones
-        old = *link;
-        *link = nullptr;
-        break;
-      }
+    kept.push_front({data, bytes});
+    kept_bytes += bytes;
+    while (kept_bytes > kMostBytes) {
+      kept_bytes -= kept.back().bytes;
+      old.push_back(kept.back());
+      kept.pop_back();
     }
   }
-  while (old != nullptr) {
-    Kept* const next = old->next;
-    std::free(old);
-    old = next;
-  }
+  for (const Kept& block : old) std::free(block.data);
 }
 
 }  // namespace rnf

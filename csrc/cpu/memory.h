@@ -23,7 +23,7 @@ inline void prefer_huge_pages(void* data, std::size_t bytes) {
 }
 
 // Memory on a cache line, kept for the next call when given back: fresh pages would cost a small flow more than its
-// arithmetic. Throws std::bad_alloc like new.
+// arithmetic. What is kept holds nothing, and Linux takes it back when it runs short. Throws std::bad_alloc like new.
 void* take_memory(std::size_t bytes);
 void give_memory(void* data, std::size_t bytes);
 std::size_t memory_taken(std::size_t bytes);  // whole cache lines or pages

@@ -158,14 +158,14 @@ def _contrasts(rows: Rows) -> list[list[str]]:
 def _cost(found: Sequence[CellResult]) -> Iterator[str]:
     """Where the time went, and what fewer epochs would have reached."""
     seconds = {
-        "training": statistics.fmean(cell.train_seconds for cell in found),
-        **{kind: statistics.fmean(_seconds(cell, kind) for cell in found) for kind in COSTS},
+        "training": statistics.median(cell.train_seconds for cell in found),
+        **{kind: statistics.median(_seconds(cell, kind) for cell in found) for kind in COSTS},
     }
     total = sum(cell.seconds for cell in found)
     parts = ", ".join(f"{kind} {value:.0f}" for kind, value in seconds.items())
     threads = " or ".join(map(str, sorted({cell.report.settings["threads"] for cell in found})))
-    yield f"{total / 3600:.1f} hours for these cells, on {threads} threads of one process; a cell takes"
-    yield f"{sum(seconds.values()):.0f} s: {parts}."
+    yield f"{total / 3600:.1f} hours by the clock for these cells, pauses of the process and other work on the machine"
+    yield f"included, on {threads} threads. Medians, in seconds: {parts}."
     last = len(found[0].accuracy_by_epoch)
     if all(len(cell.accuracy_by_epoch) == last > 3 for cell in found):
         short = [100.0 * (cell.accuracy_by_epoch[-1] - cell.accuracy_by_epoch[2]) for cell in found]

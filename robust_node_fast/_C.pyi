@@ -1,0 +1,9 @@
+from typing import Any
+
+HUGE_PAGE: int
+
+class Memory:
+    def __init__(self, bytes: int) -> None: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+
+def build_info() -> dict[str, Any]: ...
