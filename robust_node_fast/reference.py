@@ -190,14 +190,14 @@ def euler_conv_flow_bound(
 def bound_of_activated_conv(
     input: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | None, negative_slope: float
 ) -> tuple[Tensor, Tensor]:
-    """``smooth_leaky_relu(conv2d(input))`` and how far it is from there within ``radius``; rounding not covered."""
+    """Centre and radius of the box that ``smooth_leaky_relu(conv2d(x))`` stays in; rounding not covered."""
     padding = int(weight.shape[-1]) // 2
     u = F.conv2d(input, weight, bias, padding=padding)
     change = F.conv2d(radius, weight.abs(), padding=padding)
-    centre = smooth_leaky_relu(u, negative_slope)
-    if 0.0 <= negative_slope <= 1.0:  # convex and growing: it changes most upwards
-        return centre, smooth_leaky_relu(u + change, negative_slope) - centre
-    return centre, max(1.0, abs(negative_slope)) * change
+    if negative_slope < 0.0:  # it falls and rises: no slope is larger than these
+        return smooth_leaky_relu(u, negative_slope), max(1.0, -negative_slope) * change
+    low, high = smooth_leaky_relu(u - change, negative_slope), smooth_leaky_relu(u + change, negative_slope)
+    return 0.5 * (low + high), 0.5 * (high - low)
 
 
 def activated_conv_bound(
@@ -460,7 +460,7 @@ class StridedNode(nn.Module):
         channels: Sequence[int] = (16, 32),
         n_steps: int = 1,
         step_size: float = 1.0,
-        hidden_features: int = 32,
+        hidden_features: int = 48,
         in_channels: int = 1,
         image_size: int = 28,
         num_classes: int = 10,

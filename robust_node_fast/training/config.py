@@ -211,10 +211,11 @@ _CERTIFIED: Mapping[str, Mapping[str, Any]] = {
         "network": "vanilla",
         "model": "StridedNode",
         "init": "default",
-        "lr": 3e-3,
-        "lr_decay": 0.9,
+        "lr": 4e-3,
+        "lr_decay": 1.0,
         "grad_clip": 5.0,
-        "epochs": 30,
+        "epochs": 36,
+        "milestones": [25, 32],
         "certified_eps": eps,
     }
     for dataset, eps in (("digits", 0.05), ("mnist", 0.11), ("fashionmnist", 0.055))
