@@ -100,9 +100,16 @@ def _options_of_config(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _default_of(field: dataclasses.Field[Any]) -> str:
-    """``5; digits: 30``: the default, then the recipes that depart from it."""
+    """``5; digits: 30; certified: 20``: the default, then the recipes that depart from it."""
     default = field.default_factory() if callable(field.default_factory) else field.default
-    departures = [f"{name}: {recipe[field.name]}" for name, recipe in training.RECIPES.items() if field.name in recipe]
+    departures = []
+    for recipe, datasets in training.RECIPES.items():
+        given = {dataset: values[field.name] for dataset, values in datasets.items() if field.name in values}
+        if recipe != "contractive" and given:  # for all data sets where they agree
+            agree = len(set(map(str, given.values()))) == 1
+            given = {f"{recipe} {dataset}": value for dataset, value in given.items()}
+            given = {recipe: next(iter(given.values()))} if agree else given
+        departures += [f"{name}: {value}" for name, value in given.items()]
     return "; ".join([str(default) if default not in (None, []) else "none", *departures])
 
 
@@ -141,12 +148,17 @@ def train(
     dataset: Annotated[
         Literal["digits", "mnist", "fashionmnist", "cifar10"], typer.Option(help="Data set.")
     ] = "digits",
+    recipe: Annotated[
+        Literal["contractive", "certified"],
+        typer.Option(help="Settings to start from: the paper's method, or training for certificates."),
+    ] = "contractive",
     network: Annotated[
-        Literal["vanilla", "contractive", "both"],
+        Literal["vanilla", "contractive", "both"] | None,
         typer.Option(
-            help="Without or with the contraction penalty, or both: same initial weights, data order, budget."
+            help="Without or with the contraction penalty, or both: same initial weights, data order, budget.",
+            show_default="both; certified: vanilla",
         ),
-    ] = "both",
+    ] = None,
     out_folder: Annotated[
         Path | None,
         typer.Option("--out", help="Run folder.", show_default="runs/<dataset>-<network>-seed<seed>"),
@@ -170,11 +182,13 @@ def train(
         folders = _runs_in(resume)
     else:
         configs = _configs(
-            dataset, network, {name: value for name, value in changes.items() if value not in (None, [])}
+            dataset, recipe, network, {name: value for name, value in changes.items() if value not in (None, [])}
         )
         seed = next(iter(configs.values())).seed
-        folder = out_folder or Path("runs") / f"{dataset}-{network}-seed{seed}"
-        folders = [folder / name if network == "both" else folder for name in configs]
+        which = next(iter(configs)) if len(configs) == 1 else "both"
+        name = f"{dataset}-{which if recipe == 'contractive' else recipe}-seed{seed}"
+        folder = out_folder or Path("runs") / name
+        folders = [folder / name if len(configs) > 1 else folder for name in configs]
     config = training.load_config(folders[0]) if resume is not None else next(iter(configs.values()))
     _choose(backend)
     images = data.load(config.dataset, config.data_root)
@@ -190,10 +204,12 @@ def train(
     _print_outcomes(outcomes)
 
 
-def _configs(dataset: str, network: str, changes: dict[str, Any]) -> dict[str, TrainConfig]:
+def _configs(dataset: str, recipe: str, network: str | None, changes: dict[str, Any]) -> dict[str, TrainConfig]:
+    if network is None:
+        network = "vanilla" if recipe == "certified" else "both"
     names = training.NETWORKS if network == "both" else (network,)
     try:
-        return {name: TrainConfig.recipe(dataset, network=name, **changes) for name in names}
+        return {name: TrainConfig.recipe(dataset, recipe, network=name, **changes) for name in names}
     except (TypeError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
 

@@ -167,11 +167,12 @@ def _check_radius(input: Tensor, radius: Tensor) -> None:
 def activated_conv_bound(
     input: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | None = None, *, negative_slope: float = 0.1
 ) -> tuple[Tensor, Tensor]:
-    """``f = smooth_leaky_relu(conv2d(input, weight, bias, padding="same"))``, and by how much it changes at most.
+    """``f = smooth_leaky_relu(conv2d(input, weight, bias, padding="same"))``: a box that it stays in.
 
     As ``euler_conv_flow_bound`` for a network's first layer: ``|f(x) - z| <= r`` wherever ``|x - input| <= radius``, in
-    exact arithmetic. ``u = W x + b`` changes by at most ``change = |W| radius``, and with a slope in [0, 1] the
-    activation, convex and growing, by at most ``s(u + change) - s(u)``; with others by the largest slope times that.
+    exact arithmetic. ``u = W x + b`` changes by at most ``change = |W| radius``, so where the activation grows the ends
+    are ``s(u - change)`` and ``s(u + change)``, and ``z`` is the middle; with a negative slope ``z = s(u)`` and ``r``
+    is the largest slope times ``change``.
 
     Args:
         input, radius: ``(B, C, H, W)`` float32 or float64, any layout; ``radius`` not negative.

@@ -190,14 +190,14 @@ def euler_conv_flow_bound(
 def bound_of_activated_conv(
     input: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | None, negative_slope: float
 ) -> tuple[Tensor, Tensor]:
-    """``smooth_leaky_relu(conv2d(input))`` and how far it is from there within ``radius``; rounding not covered."""
+    """Centre and radius of the box that ``smooth_leaky_relu(conv2d(x))`` stays in; rounding not covered."""
     padding = int(weight.shape[-1]) // 2
     u = F.conv2d(input, weight, bias, padding=padding)
     change = F.conv2d(radius, weight.abs(), padding=padding)
-    centre = smooth_leaky_relu(u, negative_slope)
-    if 0.0 <= negative_slope <= 1.0:  # convex and growing: it changes most upwards
-        return centre, smooth_leaky_relu(u + change, negative_slope) - centre
-    return centre, max(1.0, abs(negative_slope)) * change
+    if negative_slope < 0.0:  # it falls and rises: no slope is larger than these
+        return smooth_leaky_relu(u, negative_slope), max(1.0, -negative_slope) * change
+    low, high = smooth_leaky_relu(u - change, negative_slope), smooth_leaky_relu(u + change, negative_slope)
+    return 0.5 * (low + high), 0.5 * (high - low)
 
 
 def activated_conv_bound(
@@ -450,3 +450,37 @@ class StagedCIFARNode(nn.Module):
                 z = pad_channels(F.avg_pool2d(z, 2), self.channels[stage])
             z = z + self.step_size * smooth_leaky_relu(conv(z), self.negative_slope)
         return self.fc1(z.flatten(1))
+
+
+class StridedNode(nn.Module):
+    """Stages of ``downs.k`` (stride 2), activation, ``n_steps`` Euler steps; then ``fc0``, activation, ``fc1``."""
+
+    def __init__(
+        self,
+        channels: Sequence[int] = (16, 32),
+        n_steps: int = 1,
+        step_size: float = 1.0,
+        hidden_features: int = 48,
+        in_channels: int = 1,
+        image_size: int = 28,
+        num_classes: int = 10,
+        negative_slope: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.n_steps, self.step_size, self.negative_slope = n_steps, step_size, negative_slope
+        sizes = [in_channels, *channels]
+        self.downs = nn.ModuleList(nn.Conv2d(sizes[k], c, 3, stride=2, padding=1) for k, c in enumerate(channels))
+        self.conv = nn.ModuleList(nn.Conv2d(c, c, 3, padding=1) for c in channels for _ in range(n_steps))
+        side = image_size
+        for _ in channels:
+            side = (side + 1) // 2
+        self.fc0 = nn.Linear(channels[-1] * side**2, hidden_features)
+        self.fc1 = nn.Linear(hidden_features, num_classes)
+
+    def forward(self, input: Tensor) -> Tensor:
+        z = input
+        for k, down in enumerate(self.downs):
+            z = smooth_leaky_relu(down(z), self.negative_slope)
+            for conv in self.conv[k * self.n_steps : (k + 1) * self.n_steps]:
+                z = z + self.step_size * smooth_leaky_relu(conv(z), self.negative_slope)
+        return self.fc1(smooth_leaky_relu(self.fc0(z.flatten(1)), self.negative_slope))

@@ -82,10 +82,10 @@ def test_help_shows_every_field_with_help_and_default() -> None:
         assert f"--{field.name.replace('_', '-')} " in text
         if field.name not in ("dataset", "network"):  # these two have words of their own
             assert field.metadata["help"] in text
-    assert "[default: (5; digits: 30; cifar10: 100)]" in text
+    assert "[default: (5; digits: 30; cifar10: 100; certified: 30)]" in text
     assert "[default: (0.05)]" in text
     assert "[default: digits]" in text
-    assert "[default: both]" in text
+    assert "[default: (both; certified: vanilla)]" in text
 
 
 def test_train_writes_a_run(trained: Path) -> None:
@@ -397,6 +397,17 @@ def test_demo_prints_one_table_and_writes_its_folder(
     assert rnf("demo", "--out", tmp_path).exit_code == 0  # again, over its own folder
 
 
+def test_train_takes_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = rnf("train", "--recipe", "certified", "--epochs", "1", "--seed", "3")
+    assert result.exit_code == 0, result.output
+    config = training.load_config(Path("runs/digits-certified-seed3"))
+    assert config == training.TrainConfig.recipe("digits", "certified", epochs=1, seed=3)
+    result = rnf("train", "--recipe", "certified", "--dataset", "cifar10")
+    assert result.exit_code == 2
+    assert "recipe='certified' is there for" in " ".join(result.output.split())
+
+
 @pytest.fixture
 def small_digits(monkeypatch: pytest.MonkeyPatch) -> None:
     """The demo in a second or two: few images, few steps."""
@@ -409,7 +420,7 @@ def small_digits(monkeypatch: pytest.MonkeyPatch) -> None:
         test_labels=whole.test_labels[:20],
     )
     monkeypatch.setattr(cli.data, "load", lambda name: few)
-    monkeypatch.setitem(training.RECIPES, "digits", {"epochs": 1, "n_steps": 2})  # type: ignore[arg-type]
+    monkeypatch.setitem(training.RECIPES["contractive"], "digits", {"epochs": 1, "n_steps": 2})  # type: ignore[arg-type]
     monkeypatch.setattr("robust_node_fast._demo.WORK", (("digits network", 8), ("MNIST network", 12)))
 
 

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from robust_node_fast import data, training
+from robust_node_fast.certify import linf_certified
 from robust_node_fast.training import checkpoint, trainer
 from robust_node_fast.training.config import TrainConfig
 
@@ -204,8 +205,9 @@ def test_sigkill_at_random_moments_loses_nothing(tmp_path: Path) -> None:
             tiny(epochs=3, model="CIFARNode", n_steps=1, batch_size=16, checkpoint_every=3),
             FEW,
         ),  # dropout and batch norm
+        (tiny(epochs=3, model="StridedNode", n_steps=1, batch_size=16, certified_eps=0.05, checkpoint_every=3), FEW),
     ],
-    ids=["adam", "epoch", "sgd", "dropout"],
+    ids=["adam", "epoch", "sgd", "dropout", "certified"],
 )
 def test_resumes_to_the_bit_from_any_step(config: TrainConfig, dataset: data.Dataset, tmp_path: Path) -> None:
     undisturbed = start(tmp_path / "undisturbed", config)
@@ -542,6 +544,30 @@ def test_recipes() -> None:
         assert TrainConfig.from_json(config.to_json()) == config
 
 
+def test_certified_recipes() -> None:
+    for dataset in ("digits", "mnist", "fashionmnist"):
+        config = TrainConfig.recipe(dataset, "certified")
+        assert (config.model, config.network) == ("StridedNode", "vanilla")
+        assert [config.certified_share(done) for done in (0.0, 0.25, 0.5, 1.0)] == [0.0, 0.5, 1.0, 1.0]
+        assert sum(parameter.numel() for parameter in config.build_model().parameters()) < 100_000
+    with pytest.raises(ValueError, match="recipe='certified' is there for digits, mnist, fashionmnist, not for"):
+        TrainConfig.recipe("cifar10", "certified")
+    with pytest.raises(ValueError, match="recipe='best' is unknown"):
+        TrainConfig.recipe("mnist", "best")
+
+
+def test_certified_training_pays(tmp_path: Path) -> None:
+    """The same network and budget, with and without: certified accuracy."""
+    found = {}
+    for eps in (0.0, 0.05):
+        config = TrainConfig.recipe("digits", "certified", epochs=8, certified_eps=eps)
+        training.fit(start(tmp_path / str(eps), config), DIGITS)
+        model, _ = training.load_model(tmp_path / str(eps))
+        certified = linf_certified(model, DIGITS.test_images, DIGITS.test_labels, 0.05)
+        found[eps] = certified.double().mean().item()
+    assert found[0.05] > found[0.0] + 0.2
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -559,6 +585,8 @@ def test_recipes() -> None:
         ({"norm": "3"}, "norm='3' is unknown, expected one of"),
         ({"model": "ResNet"}, "model='ResNet' is unknown"),
         ({"momentum": 0.9}, "momentum=0.9 belongs to SGD"),
+        ({"certified_eps": -0.1}, "certified_eps=-0.1 is out of range, expected a number >= 0"),
+        ({"certified_eps": 0.1, "model": "CIFARNode"}, "certified_eps=0.1 does not fit model='CIFARNode'"),
     ],
 )
 def test_configurations_out_of_range(changes: dict[str, Any], message: str) -> None:

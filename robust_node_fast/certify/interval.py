@@ -1,6 +1,7 @@
 """Bound E: each sample's own l_inf bound, carried through the network as a centre and a radius for every number.
 
-The centre is the network's own trajectory ``z``, the radius ``R >= 0`` bounds ``|z' - z|`` for every input within eps.
+All that the network can compute for inputs within eps lies within the radius ``R >= 0`` of the centre ``z``, layer by
+layer. The centre follows the network from the input on, but where an activation gives it another one.
 
 - The input: ``R = eps``.
 - A convolution, a linear layer, ``u = W z + b``: ``|u' - u| = |W (z' - z)| <= |W| R``. Padding is a linear map whose
@@ -9,8 +10,9 @@ The centre is the network's own trajectory ``z``, the radius ``R >= 0`` bounds `
 - BatchNorm in eval mode, where it is ``scale z + shift`` (input normalisation can be one): ``|scale| R``. Average
   pooling, padded channels, dropout in eval mode: linear without negative entries, ``A R``.
 - Euler flows: ``functional.euler_conv_flow_bound``, whose docstring has the proof.
-- An activation that does not fall: the ends of the interval, ``max(s(z + R) - s(z), s(z) - s(z - R))``, of which the
-  first is the larger where s is convex, as smooth leaky ReLU is for slopes in [0, 1].
+- An activation that does not fall: the ends of the interval, ``s(z - R)`` and ``s(z + R)``; the new centre is the
+  middle, from where the ends are as near as they can be. (About ``s(z)`` the radius would be ``s(z + R) - s(z)`` for a
+  convex s: up to twice as much.)
 - The head: ``f_y - f_j`` changes by ``(w_y - w_j) (z' - z)``, at most ``|w_y - w_j| R``, which knows that all logits
   see the same perturbation. Certified if the centre's margin is larger for all ``j != y``.
 
@@ -105,9 +107,8 @@ def _activation(layer: SmoothLeakyReLU | nn.ReLU, box: Box) -> Box:
     slope = layer.negative_slope if isinstance(layer, SmoothLeakyReLU) else 0.0
     if slope < 0.0:
         return Box(layer(z), radius * max(1.0, -slope))  # it falls and rises: no slope is larger than these
-    centre = layer(z)
-    spread = (layer(z + radius) - centre).clamp(min=0.0)  # computed, the activation may fall by a rounding error
-    return Box(centre, spread if slope <= 1.0 else torch.maximum(spread, centre - layer(z - radius)))
+    low, high = layer(z - radius), layer(z + radius)
+    return Box(0.5 * (low + high), 0.5 * (high - low).clamp(min=0.0))  # computed, it may fall by a rounding error
 
 
 def _batch_norm(layer: nn.BatchNorm2d, box: Box) -> Box:

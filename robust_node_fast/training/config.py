@@ -14,7 +14,8 @@ from robust_node_fast import _checks, data, models, nn
 __all__ = ["NETWORKS", "RECIPES", "TrainConfig"]
 
 NETWORKS = ("vanilla", "contractive")
-MODELS = ("MNISTNode", "CIFARNode", "StagedCIFARNode")
+MODELS = ("MNISTNode", "CIFARNode", "StagedCIFARNode", "StridedNode")
+WITHOUT_BATCH_NORM = ("MNISTNode", "StridedNode")
 OPTIMIZERS = ("adam", "sgd")
 INITS = ("centered", "default", "identity", "authors")
 REGULARIZERS = ("filters", "jacobian")
@@ -40,7 +41,9 @@ class TrainConfig:
     dataset: Literal["digits", "mnist", "fashionmnist", "cifar10"] = _field(..., "Data set.")
     data_root: str | None = _field(None, "torchvision's folder; else $RNF_DATA_ROOT, else ~/.cache/robust_node_fast.")
     network: Literal["vanilla", "contractive"] = _field("contractive", "With or without the contraction penalty.")
-    model: Literal["MNISTNode", "CIFARNode", "StagedCIFARNode"] = _field("MNISTNode", "Network of rnf.models.")
+    model: Literal["MNISTNode", "CIFARNode", "StagedCIFARNode", "StridedNode"] = _field(
+        "MNISTNode", "Network of rnf.models."
+    )
     n_steps: int | None = _field(None, "Euler steps (per stage); else the model's own number.")
     step_size: float | None = _field(None, "Euler step h; else the model's own.")
     init: Literal["centered", "default", "identity", "authors"] = _field(
@@ -74,6 +77,11 @@ class TrainConfig:
         "filters",
         "What the penalty looks at: the filters, or the Jacobian (norm 2) at states of a batch's first 8 images.",
     )
+    certified_eps: float = _field(
+        0.0,
+        "Train for certificates (bound E) up to this l_inf radius, which grows to it in the first half of the run; the "
+        "cross-entropy of the worst-case logits then weighs as much as the clean one. 0: no.",
+    )
     checkpoint_every: int = _field(200, "Steps between checkpoints (one more after every epoch).")
     device: str = _field("cpu", "Device to train on.")
 
@@ -100,12 +108,17 @@ class TrainConfig:
             raise ValueError(f"milestones={self.milestones!r} is not a list of epochs, expected ints of at least 1")
         for name in ("lr", "lr_decay", "rate"):
             self._at_least_zero(name, positive=True)
-        for name in ("momentum", "weight_decay", "grad_clip", "rate_margin", "penalty_weight"):
+        for name in ("momentum", "weight_decay", "grad_clip", "rate_margin", "penalty_weight", "certified_eps"):
             self._at_least_zero(name)
         if self.step_size is not None:
             self._at_least_zero("step_size", positive=True)
         if self.optimizer == "adam" and self.momentum:
             raise ValueError(f"momentum={self.momentum!r} belongs to SGD, expected 0 with optimizer='adam'")
+        if self.certified_eps and self.model not in WITHOUT_BATCH_NORM:
+            raise ValueError(
+                f"certified_eps={self.certified_eps!r} does not fit model={self.model!r}: batch normalisation has no "
+                f"bound while it trains, expected one of {WITHOUT_BATCH_NORM}"
+            )
 
     def _at_least_zero(self, name: str, *, positive: bool = False) -> None:
         value = getattr(self, name)
@@ -114,9 +127,17 @@ class TrainConfig:
             raise ValueError(f"{name}={value!r} is out of range, expected a number {'>' if positive else '>='} 0")
 
     @classmethod
-    def recipe(cls, dataset: Any, **changes: Any) -> TrainConfig:
-        """The recipe of a data set, with fields replaced by ``changes``."""
-        return cls(dataset, **{**RECIPES.get(dataset, {}), **changes})
+    def recipe(cls, dataset: Any, recipe: str = "contractive", **changes: Any) -> TrainConfig:
+        """A recipe of ``RECIPES`` for a data set, with fields replaced by ``changes``.
+
+        Raises:
+            TypeError, ValueError: there is no such recipe; else as ``TrainConfig``.
+        """
+        _checks.choice("recipe", recipe, tuple(RECIPES))
+        known = RECIPES[recipe]
+        if recipe != "contractive" and dataset not in known:
+            raise ValueError(f"recipe={recipe!r} is there for {', '.join(known)}, not for dataset={dataset!r}")
+        return cls(dataset, **{**known.get(dataset, {}), **changes})
 
     @classmethod
     def from_json(cls, text: str) -> TrainConfig:
@@ -142,12 +163,16 @@ class TrainConfig:
         """Factor on ``lr`` in the epoch with this number, counted from 0."""
         return math.pow(self.lr_decay, epoch) * math.pow(0.1, sum(epoch >= milestone for milestone in self.milestones))
 
-    def build_model(self) -> models.MNISTNode | models.CIFARNode | models.StagedCIFARNode:
+    def certified_share(self, progress: float) -> float:
+        """How much of ``certified_eps`` is trained for when this share of the run is done: all of it from half on."""
+        return min(1.0, 2.0 * progress)
+
+    def build_model(self) -> models.Model:
         """A freshly initialised network for the images of the data set."""
         channels, image_size = data.DATASETS[self.dataset]
         given = {"n_steps": self.n_steps, "step_size": self.step_size}
         network = getattr(models, self.model)
-        model: models.MNISTNode | models.CIFARNode | models.StagedCIFARNode = network(
+        model: models.Model = network(
             in_channels=channels,
             image_size=image_size,
             num_classes=10,
@@ -165,7 +190,7 @@ class TrainConfig:
 
 # Departures from TrainConfig's defaults. Digits: 690 steps, as 5 epochs of its 12 batches of 128 would not let the
 # centre taps travel to the -10 that rate 2 needs; constant steps to get there, two small ones to settle.
-RECIPES: Mapping[str, Mapping[str, Any]] = {
+_CONTRACTIVE: Mapping[str, Mapping[str, Any]] = {
     "digits": {"epochs": 30, "batch_size": 64, "lr_decay": 1.0, "milestones": [22, 27]},
     "cifar10": {
         "model": "CIFARNode",
@@ -179,3 +204,20 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
         "grad_clip": 0.5,
     },
 }
+
+# For certificates (docs/certify.md); no penalty: a bound that is to stay small asks for contraction by itself.
+_CERTIFIED: Mapping[str, Mapping[str, Any]] = {
+    dataset: {
+        "network": "vanilla",
+        "model": "StridedNode",
+        "init": "default",
+        "lr": 4e-3,
+        "lr_decay": 1.0,
+        "grad_clip": 5.0,
+        "epochs": 36,
+        "milestones": [25, 32],
+        "certified_eps": eps,
+    }
+    for dataset, eps in (("digits", 0.05), ("mnist", 0.11), ("fashionmnist", 0.055))
+}
+RECIPES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {"contractive": _CONTRACTIVE, "certified": _CERTIFIED}

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robust_node_fast import _backends, models
+from robust_node_fast.certify import worst_case_logits
 from robust_node_fast.data import Dataset
 from robust_node_fast.jacobian import jacobian_penalty
 from robust_node_fast.nn import EulerConvFlow
@@ -51,7 +52,7 @@ __all__ = [
     "writing",
 ]
 
-Model = models.MNISTNode | models.CIFARNode | models.StagedCIFARNode
+Model = models.Model
 OnStep = Callable[[int, int, dict[str, float]], None]
 
 RATE_TOLERANCE = 1e-2  # the contractive network satisfies its rate if it reaches (1 - 1e-2) * rate
@@ -266,6 +267,10 @@ class _Trainer:
             with torch.set_grad_enabled(contractive):
                 penalty = self.model.contraction_penalty(rate=config.penalty_rate, norm=config.norm)
         loss = F.cross_entropy(logits, labels)
+        if config.certified_eps:
+            share = config.certified_share(self.step / self.total)
+            worst = worst_case_logits(self.model, images, labels, share * config.certified_eps)
+            loss = (1.0 - 0.5 * share) * loss + 0.5 * share * F.cross_entropy(worst, labels)
         objective = loss + config.penalty_weight * penalty if contractive else loss
         with torch.no_grad():
             rate = self.model.contraction_rate(norm=config.norm).min()

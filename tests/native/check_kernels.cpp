@@ -618,9 +618,10 @@ void check_convolution_bound(const rnf::Kernels& kernels, const Problem& p, cons
         u += w * static_cast<double>(input[n / p.s.channels * area + y * p.s.width + x]);
         change += 0.25 * std::fabs(w);
       }
-      const double z = activate(u, 0.125), exact = activate(u + change, 0.125) - z;
-      const double r = static_cast<double>(bound[n * area + i]), error = static_cast<double>(centre[n * area + i]) - z;
-      expect(std::fabs(error) <= r, "centre of a first layer's bound", kernels.name, p.s, error, r);
+      const double low = activate(u - change, 0.125), high = activate(u + change, 0.125), exact = (high - low) / 2;
+      const double z = static_cast<double>(centre[n * area + i]), r = static_cast<double>(bound[n * area + i]);
+      expect(z - r <= low, "low end of a first layer's bound", kernels.name, p.s, z - r, low);
+      expect(z + r >= high, "high end of a first layer's bound", kernels.name, p.s, z + r, high);
       expect(r >= exact && r <= exact + (sizeof(T) == 4 ? 1e-4 : 1e-12) * (1 + std::fabs(u)), "first layer's bound",
              kernels.name, p.s, r, exact);
     }
