@@ -560,7 +560,7 @@ def test_certified_training_pays(tmp_path: Path) -> None:
     """The same network and budget, with and without: certified accuracy."""
     found = {}
     for eps in (0.0, 0.05):
-        config = TrainConfig.recipe("digits", "certified", epochs=8, certified_eps=eps)
+        config = TrainConfig.recipe("digits", "certified", epochs=10, milestones=[7, 9], certified_eps=eps)
         training.fit(start(tmp_path / str(eps), config), DIGITS)
         model, _ = training.load_model(tmp_path / str(eps))
         certified = linf_certified(model, DIGITS.test_images, DIGITS.test_labels, 0.05)

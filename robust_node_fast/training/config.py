@@ -213,11 +213,16 @@ _CERTIFIED: Mapping[str, Mapping[str, Any]] = {
         "init": "default",
         "lr": 4e-3,
         "lr_decay": 1.0,
-        "grad_clip": 5.0,
-        "epochs": 36,
         "milestones": [25, 32],
+        "epochs": 36,
+        "grad_clip": 5.0,
         "certified_eps": eps,
+        **own,
     }
-    for dataset, eps in (("digits", 0.05), ("mnist", 0.11), ("fashionmnist", 0.055))
+    for dataset, eps, own in (
+        ("digits", 0.05, {"lr": 1e-2, "batch_size": 32}),
+        ("mnist", 0.11, {}),
+        ("fashionmnist", 0.055, {}),
+    )
 }
 RECIPES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {"contractive": _CONTRACTIVE, "certified": _CERTIFIED}
