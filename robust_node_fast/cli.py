@@ -500,7 +500,10 @@ def summary(
     seeds: Annotated[int, typer.Option(min=1, help="Number of training seeds that there are to be.")] = 3,
     output: Annotated[Path, typer.Option(help="Markdown file to write.")] = Path("docs/results.md"),
 ) -> None:
-    """One page of the cells there are, for MNIST and FashionMNIST, beside the paper's claims; it names the missing."""
+    """One page of the cells there are, for MNIST and FashionMNIST, beside the paper's claims; it names the missing.
+
+    Beside it, once there is a network trained for certificates, a picture: what attacks leave and what is certified.
+    """
     cells = [cell for dataset in ("mnist", "fashionmnist") for cell in reproduction.cells(dataset, seeds=seeds)]
     found = [(cell, reproduction.read(cell, folder)) for cell in cells for folder in folders]
     results = {cell.name: result for cell, result in found if result is not None}
@@ -508,6 +511,10 @@ def summary(
     if others:
         _say(f"note: {len(others)} cells of other settings are left out, {others[0]} for one")
     _write_summary(cells, results, output)
+    picture = output.with_name(f"{output.stem}_certified.png")
+    with training.writing(output.parent):
+        if reproduction.attacked_and_certified(cells, results, picture):
+            _say(f"wrote {picture}")
 
 
 def _write_summary(cells: list[reproduction.Cell], results: dict[str, reproduction.CellResult], path: Path) -> None:

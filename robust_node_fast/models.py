@@ -232,7 +232,7 @@ class StridedNode(_Node):
         pairs = zip(before, channels, strict=True)
         self.downs = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairs)
         self.stages = nn.ModuleList(EulerConvFlow(width, n_steps, step_size) for width in channels)
-        self.activation = SmoothLeakyReLU(self.stages[0].negative_slope)
+        self.activation = SmoothLeakyReLU()
         side = image_size
         for _ in channels:
             side = (side + 1) // 2

@@ -134,10 +134,13 @@ def test_partners_are_on_the_other_side_of_the_penalty() -> None:
     configs = [dataclasses.asdict(cell.config) for cell in found]
     for cell in found:
         own, other = cell.config, cell.partner
+        assert dataclasses.asdict(other) in configs  # trained for a row of its own
+        if cell.row == "certified":
+            assert other == next(c.config for c in found if (c.row, c.config.seed) == ("grid/default/none", own.seed))
+            continue
         assert {own.network, other.network} == {"vanilla", "contractive"}
         same = ("init", "seed", "n_steps", "step_size", "epochs", "dataset")
         assert all(getattr(own, name) == getattr(other, name) for name in same)
-        assert dataclasses.asdict(other) in configs  # trained for a row of its own
 
 
 @pytest.mark.parametrize(
@@ -429,7 +432,12 @@ def test_unwritable_folder(tmp_path: Path) -> None:
 
 def made_up(cell: reproduce.Cell, accuracy: Callable[[str, float], float]) -> reproduce.CellResult:
     """With a given accuracy in every column and claim."""
-    tests = {(name, strength) for _, name, strength in summary.COLUMNS} | {*claims.NOISES, *claims.ATTACKS}
+    tests = {(name, strength) for _, name, strength in (*summary.COLUMNS, *summary.STRONGER)}
+    tests |= {
+        *claims.NOISES,
+        *claims.ATTACKS,
+        *((name, eps) for name in ("worst case", "certified") for eps in grid.EPS),
+    }
     results = [
         robustness.Result(f"{name}vanilla" if name.endswith(" ") else name, strength, (accuracy(name, strength),))
         for name, strength in sorted(tests)
@@ -523,6 +531,25 @@ def test_claims(clean: float, gain: float, transfer: float, verdicts: list[str])
         assert found[1].found == f"{100 * gain:+.1f} (gaussian 0.1: {40 + 100 * gain:.1f}% against 40.0%)"
         assert found[2].found.startswith(f"{100 * gain:+.1f} (pgd 0.05: ")
     assert len(list(claims.verdicts(rows, "fashionmnist"))) == 8  # those that are about MNIST are left out
+
+
+def test_certified_training_beside_the_paper(tmp_path: Path) -> None:
+    cells = reproduce.cells("mnist", seeds=2, only=["certified", "grid/authors/2"])
+    cells += reproduce.cells("fashionmnist", seeds=1, only=["grid/authors/2"])
+    results = {
+        cell.name: made_up(cell, lambda name, strength, level=0.9 if cell.row == "certified" else 0.3: level)
+        for cell in cells
+    }
+    page = reproduce.markdown(cells, results)
+    (heading,) = [line for line in page.splitlines() if "PGD 0.2" in line]
+    assert next(part for part in page.split("### ") if heading in part).startswith(summary.PARTS["certified"])
+    assert "| certified | 2 | 90.0 ± 0.0 |" in page
+    picture = tmp_path / "picture.png"
+    assert reproduce.attacked_and_certified(cells, results, picture)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    others = [cell for cell in cells if cell.row != "certified"]
+    assert not reproduce.attacked_and_certified(others, results, tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
 
 
 @pytest.mark.parametrize(("step", "verdict"), [(0.004, "holds"), (0.006, "no")])

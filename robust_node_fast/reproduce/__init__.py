@@ -2,6 +2,19 @@
 
 from robust_node_fast.reproduce.cell import CellError, CellResult, compute, load, read
 from robust_node_fast.reproduce.grid import Cell, cells
+from robust_node_fast.reproduce.plot import attacked_and_certified
 from robust_node_fast.reproduce.summary import by_row, markdown, table
 
-__all__ = ["Cell", "CellError", "CellResult", "by_row", "cells", "compute", "load", "markdown", "read", "table"]
+__all__ = [
+    "Cell",
+    "CellError",
+    "CellResult",
+    "attacked_and_certified",
+    "by_row",
+    "cells",
+    "compute",
+    "load",
+    "markdown",
+    "read",
+    "table",
+]

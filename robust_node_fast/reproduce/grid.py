@@ -81,6 +81,8 @@ def network_name(config: TrainConfig) -> str:
 
 
 def penalty_name(config: TrainConfig) -> str:
+    if config.certified_eps:
+        return "certified"
     if config.network == "vanilla":
         return "none"
     return config.norm if config.regularizer == "filters" else config.regularizer
@@ -115,11 +117,16 @@ def cells(
     for seed in range(seeds):
         for row, changes in rows.items():
             own, other = (
-                TrainConfig.recipe(dataset, **{**PAPER, **budget, **fields, "seed": seed})
-                for fields in (changes, _partner(changes))
+                _config(dataset, {**budget, **fields, "seed": seed}) for fields in (changes, _partner(changes))
             )
             found.append(Cell(row, own, other, attack_samples))
     return found
+
+
+def _config(dataset: str, fields: dict[str, Any]) -> TrainConfig:
+    if "recipe" in fields:
+        return TrainConfig.recipe(dataset, **fields)
+    return TrainConfig.recipe(dataset, **{**PAPER, **fields})
 
 
 def _belongs(row: str, wanted: str) -> bool:
@@ -142,10 +149,16 @@ def _rows() -> Iterator[tuple[str, dict[str, Any]]]:
             changes = {"init": "default", "network": network, "step_size": step_size, "n_steps": n_steps}
             yield f"steps/{penalty}/h {step_size:g}, N {n_steps}", changes
     yield "jacobian/default", {"init": "default", "regularizer": "jacobian"}
+    yield "certified", {"recipe": "certified"}
 
 
 def _partner(changes: dict[str, Any]) -> dict[str, Any]:
-    """The network on the other side of the penalty (the paper's, if it is to have one): same start, same steps."""
+    """The network on the other side of the penalty (the paper's, if it is to have one): same start, same steps.
+
+    That of another recipe is the paper's vanilla one.
+    """
+    if "recipe" in changes:
+        return {"init": "default", "network": "vanilla"}
     same: dict[str, Any] = {name: changes[name] for name in ("init", "step_size", "n_steps") if name in changes}
     return {**same, "network": "contractive" if changes.get("network") == "vanilla" else "vanilla"}
 
