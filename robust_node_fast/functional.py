@@ -217,18 +217,23 @@ def euler_conv_flow_bound(
     negative_slope: float = 0.1,
     n_steps: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``z = euler_conv_flow(input)`` and ``r``: ``|euler_conv_flow(x) - z| <= r`` wherever ``|x - input| <= radius``.
+    """Bound E: ``z`` and ``r`` with ``|euler_conv_flow(x) - z| <= r`` wherever ``|x - input| <= radius``.
 
     Both for the flow in exact arithmetic: ``r`` covers the rounding of ``z`` as well. In float64 that holds for the
     compiled kernel; the PyTorch reference leaves out its own rounding, of 1e-13 or so relative to ``z`` and ``r``.
 
-    The bound is carried from step to step, with the centre tap ``m`` of a channel and ``change = conv2d(r, |weight|)``:
-    ``r <- max over t in {s'(u - change), s'(u + change)} of |1 + h t m| r + |h t| (change - |m| r)``.
+    The box is carried from step to step, with the centre tap ``m`` of a channel, ``u`` the convolution of the centre,
+    ``change = conv2d(r, |weight|)`` and ``t = s'(u)``::
 
-    Proof of a step: ``u' - u = W (x - z)``, at most ``change``; by the mean value theorem ``s(u') - s(u) = t (u' - u)``
-    with ``t`` among the slopes of s between ``u -+ change``, and these lie between the slopes at the two ends, as s' is
-    monotone. So ``x - z`` becomes ``(1 + h t m) (x - z)`` plus ``h t`` times the other taps' part of ``u' - u``, which
-    is at most ``change - |m| r``; the sum of the two magnitudes is convex in ``t``, so largest at an end.
+        gap = max(s(u + change) - s(u) - t change, s(u - change) - s(u) + t change)    (a > 1: min)
+        z <- z + h s(u) + h gap / 2
+        r <- |1 + h t m| r + |h t| (change - |m| r) + |h gap| / 2
+
+    Proof of a step, for a state x in the box: ``u' - u = W (x - z)``, at most ``change``. s is convex (``a <= 1``, else
+    concave), so between ``u -+ change`` it lies on one side of its tangent at ``u``, and is farthest from it at an end:
+    ``s(u') = s(u) + t (u' - u) + d`` with ``d`` between 0 and ``gap``. So ``x - z`` becomes ``(1 + h t m) (x - z)``,
+    plus ``h t`` times the other taps' part of ``u' - u``, at most ``change - |m| r``, plus ``h d``, which is within
+    ``|h gap| / 2`` of ``h gap / 2``.
 
     Args:
         input: ``(B, C, H, W)`` float32 or float64, any layout.
@@ -236,12 +241,12 @@ def euler_conv_flow_bound(
         weight, bias, step_size, negative_slope, n_steps: as in ``euler_conv_flow``.
 
     Returns:
-        ``z`` and ``r``, both as ``euler_conv_flow`` gives them. Differentiable, by way of the reference.
+        ``z`` and ``r``, both in the layout that ``euler_conv_flow`` gives. Differentiable, by way of the reference.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and what was expected.
 
-    Source: derived for this project; interval bounds with slopes of each number, as in arXiv 1811.00866 for networks.
+    Source: derived for this project; one linear bound for each number, as in arXiv 1811.00866 for networks.
     """
     _checks.flow(input, weight, bias, (4, 5), step_size, negative_slope)
     _checks.steps(weight, n_steps)

@@ -145,9 +145,10 @@ def bound_e(
     negative_slope: float,
     n_steps: int,
 ) -> tuple[Tensor, Tensor]:
-    """Bound E, contraction.md section 4: ``euler_conv_flow`` and how far states within ``radius`` are from it.
+    """Bound E: centre and radius of the box that the states of ``euler_conv_flow`` stay in.
 
-    Differentiable; in the inputs' dtype, whose rounding is not covered.
+    Differentiable; in the inputs' dtype, whose rounding is not covered. ``functional.euler_conv_flow_bound`` has the
+    proof.
     """
     z, r, h, a = input, radius, step_size, negative_slope
     for k in range(n_steps):
@@ -158,9 +159,11 @@ def bound_e(
         change = F.conv2d(r, w.abs(), padding=padding)
         m = w[..., padding, padding].diagonal().view(-1, 1, 1)
         others = change - m.abs() * r
-        slopes = (a + (1.0 - a) * torch.sigmoid(v) for v in (u - change, u + change))
-        low, high = ((1.0 + h * t * m).abs() * r + abs(h) * t.abs() * others for t in slopes)
-        z, r = z + h * smooth_leaky_relu(u, a), torch.maximum(low, high)
+        s, t = smooth_leaky_relu(u, a), a + (1.0 - a) * torch.sigmoid(u)
+        low = smooth_leaky_relu(u - change, a) - s + t * change
+        high = smooth_leaky_relu(u + change, a) - s - t * change
+        gap = h * (torch.maximum(low, high) if a <= 1.0 else torch.minimum(low, high))  # convex, or concave
+        z, r = z + h * s + 0.5 * gap, (1.0 + h * t * m).abs() * r + (h * t).abs() * others + 0.5 * gap.abs()
     return z, r
 
 

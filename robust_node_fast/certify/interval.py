@@ -1,7 +1,7 @@
 """Bound E: each sample's own l_inf bound, carried through the network as a centre and a radius for every number.
 
 All that the network can compute for inputs within eps lies within the radius ``R >= 0`` of the centre ``z``, layer by
-layer. The centre follows the network from the input on, but where an activation gives it another one.
+layer. The centre follows the network from the input on, but activations and flows move it to where the radius is small.
 
 - The input: ``R = eps``.
 - A convolution, a linear layer, ``u = W z + b``: ``|u' - u| = |W (z' - z)| <= |W| R``. Padding is a linear map whose
