@@ -260,9 +260,9 @@ def _largest(layers: list[nn.Module], x: Tensor, y: Tensor, low: Tensor, toleran
 
 @torch.no_grad()
 def linf_radius(model: nn.Module, x: Tensor, y: Tensor, *, tolerance: float = 1e-4, batch_size: int = 256) -> Tensor:
-    """The largest ``eps`` that is certified, from below to ``tolerance``: ``(B,)`` float64, 0 if misclassified.
+    """The ``eps`` up to which bisection certifies, to ``tolerance``: ``(B,)`` float64, 0 if misclassified.
 
-    By bisection on bound E, which grows with eps, up to 10^6; never less than the radius of the Lipschitz constants.
+    By doubling and bisection on bound E, up to 10^6; never less than the radius of the Lipschitz constants.
     Every radius that is returned was certified itself: that does not rest on the search.
 
     Args, Raises: as ``linf_certified``; ``tolerance`` not above 0.
