@@ -118,11 +118,14 @@ def test_real_data(name: str, shape: tuple[int, ...], n_train: int, no_network: 
     loaded = data.load(name, data_root)
     assert loaded.train_images.shape == (n_train, *shape)
     assert loaded.test_images.shape == (10_000, *shape)
-    assert loaded.train_images.min() == 0.0
-    assert loaded.train_images.max() == 1.0
+    assert loaded.train_images.dtype == (torch.uint8 if name == "cifar10" else torch.float32)
+    for images in (data.to_float(loaded.train_images), loaded.test_images):
+        assert images.dtype == torch.float32
+        assert images.min() == 0.0
+        assert images.max() == 1.0
     assert torch.equal(loaded.test_labels.unique(), torch.arange(10))
     if name == "cifar10":  # published channel means: the axes are where they should be
-        means = loaded.train_images.mean((0, 2, 3))
+        means = data.to_float(loaded.train_images).mean((0, 2, 3))
         torch.testing.assert_close(means, torch.tensor([0.4914, 0.4822, 0.4465]), atol=2e-4, rtol=0)
     if name == "mnist":
         assert float(loaded.train_images.mean()) == pytest.approx(0.1307, abs=1e-4)

@@ -1,0 +1,147 @@
+"""Several processes that train as one, on torch.distributed; where there is only one, everything here is trivial.
+
+``process_group`` joins the processes that ``torchrun`` started. A batch is the same however many processes share it:
+each takes a part (``share``), sums go over all of them (``total``), and rank 0 alone writes (``on_rank_0``).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from robust_node_fast.training.errors import RunError
+
+__all__ = [
+    "collectives",
+    "gradients_averaged",
+    "is_parallel",
+    "largest",
+    "on_rank_0",
+    "parallel",
+    "process_group",
+    "rank",
+    "share",
+    "total",
+    "world_size",
+]
+
+
+def is_parallel() -> bool:
+    """Whether this process belongs to a process group, be it the only one."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    return dist.get_rank() if is_parallel() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if is_parallel() else 1
+
+
+@contextmanager
+def process_group(device: str, timeout: float) -> Iterator[None]:
+    """The process group that ``torchrun`` describes in the environment, if it started this process.
+
+    Args:
+        device: ``"cuda"`` (NCCL; each process takes the card of its local rank), else gloo.
+        timeout: seconds after which a process that waits for another one gives up.
+
+    Raises:
+        RunError: the processes do not find each other.
+    """
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        yield
+        return
+    cuda = torch.device(device).type == "cuda"
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    try:
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout))
+    except (RuntimeError, ValueError) as error:  # ValueError: incomplete environment
+        raise RunError(f"the processes do not find each other ({_first_line(error)})") from error
+    with collectives():
+        yield
+    dist.destroy_process_group()  # not after a failure: it would wait for processes that may be gone
+
+
+@contextmanager
+def collectives() -> Iterator[None]:
+    """A ``RunError`` for a process that is lost, or silent for longer than the timeout."""
+    try:
+        yield
+    except RuntimeError as error:
+        # gloo's errors are plain RuntimeErrors, of which autograd passes on those of DistributedDataParallel.
+        lost = isinstance(error, dist.DistError) or (type(error) is RuntimeError and "gloo" in str(error))
+        if not (is_parallel() and lost):
+            raise
+        raise RunError(f"another process is lost or hangs ({_first_line(error)})") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def parallel(module: nn.Module) -> nn.Module:
+    """``module`` in DistributedDataParallel, which averages its gradients over the processes; alone, ``module``."""
+    if world_size() == 1:
+        return module
+    # Every parameter in a bucket of its own (of one byte or more). DDP rearranges larger ones after its first step, and
+    # the order in which three or more numbers are added depends on them: a resumed run would end with other last bits.
+    return DistributedDataParallel(module, bucket_cap_mb=1e-6, gradient_as_bucket_view=True)
+
+
+def gradients_averaged(module: nn.Module, now: bool) -> AbstractContextManager[object]:
+    """A forward and backward pass of what ``parallel`` gave: its gradients are averaged now, or left for later."""
+    return nullcontext() if now or not isinstance(module, DistributedDataParallel) else module.no_sync()
+
+
+def share(batch: Tensor) -> Tensor:
+    """This process's part of a batch."""
+    return torch.tensor_split(batch, world_size())[rank()]
+
+
+def total(values: Tensor) -> Tensor:
+    """Sum over the processes, in place."""
+    if is_parallel():
+        dist.all_reduce(values)
+    return values
+
+
+def largest(value: int, device: str) -> int:
+    """Maximum over the processes."""
+    if not is_parallel():
+        return value
+    found = torch.tensor([value], device=device)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return int(found)
+
+
+def on_rank_0(action: Callable[[], object]) -> None:
+    """Run ``action`` on rank 0 while the others wait; if it fails, all fail.
+
+    Raises:
+        RunError: on the others, with the message of what rank 0 raised.
+    """
+    if not is_parallel():
+        action()
+        return
+    failure = None
+    if rank() == 0:
+        try:
+            action()
+        except Exception as error:  # raised again below, once the others know
+            failure = error
+    message: list[str | None] = [None if failure is None else str(failure)]
+    dist.broadcast_object_list(message, src=0)
+    if failure is not None:
+        raise failure
+    if message[0] is not None:
+        raise RunError(message[0])
