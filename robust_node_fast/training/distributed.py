@@ -64,12 +64,26 @@ def process_group(device: str, timeout: float) -> Iterator[None]:
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     try:
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout))
+        _init("nccl" if cuda else "gloo", timedelta(seconds=timeout))
     except (RuntimeError, ValueError) as error:  # ValueError: incomplete environment
-        raise RunError(f"the processes do not find each other ({_first_line(error)})") from error
+        raise RunError(f"the processes do not find each other ({_reason(error)})") from error
     with collectives():
         yield
     dist.destroy_process_group()  # not after a failure: it would wait for processes that may be gone
+
+
+def _init(backend: str, timeout: timedelta) -> None:
+    environment = os.environ
+    one_machine = environment.get("LOCAL_WORLD_SIZE") == environment["WORLD_SIZE"]
+    if one_machine and environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # torchrun's store outlives its processes. New ones would find the addresses of the dead in it, were it not for
+        # the prefix (https://github.com/pytorch/pytorch/issues/135712; on several machines the counts may differ).
+        agent = dist.TCPStore(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), timeout=timeout)
+        store = dist.PrefixStore(f"restart {environment['TORCHELASTIC_RESTART_COUNT']}", agent)
+        rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
+    else:
+        dist.init_process_group(backend, timeout=timeout)
 
 
 @contextmanager
@@ -82,11 +96,12 @@ def collectives() -> Iterator[None]:
         lost = isinstance(error, dist.DistError) or (type(error) is RuntimeError and "gloo" in str(error))
         if not (is_parallel() and lost):
             raise
-        raise RunError(f"another process is lost or hangs ({_first_line(error)})") from error
+        raise RunError(f"another process is lost or hangs ({_reason(error)})") from error
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _reason(error: Exception) -> str:
+    """The first sentence: what comes after it is advice."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
 
 
 def parallel(module: nn.Module) -> nn.Module:
