@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -78,8 +79,11 @@ def _init(backend: str, timeout: timedelta) -> None:
     if one_machine and environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         # torchrun's store outlives its processes. New ones would find the addresses of the dead in it, were it not for
         # the prefix (https://github.com/pytorch/pytorch/issues/135712; on several machines the counts may differ).
-        agent = dist.TCPStore(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), timeout=timeout)
-        store = dist.PrefixStore(f"restart {environment['TORCHELASTIC_RESTART_COUNT']}", agent)
+        address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+        agent = dist.TCPStore(address, port, timeout=timeout)  # type: ignore[attr-defined]
+        store = dist.PrefixStore(  # type: ignore[attr-defined]
+            f"restart {environment['TORCHELASTIC_RESTART_COUNT']}", agent
+        )
         rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
         dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
     else:
@@ -92,11 +96,12 @@ def collectives() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        # gloo's errors are plain RuntimeErrors, of which autograd passes on those of DistributedDataParallel.
-        lost = isinstance(error, dist.DistError) or (type(error) is RuntimeError and "gloo" in str(error))
-        if not (is_parallel() and lost):
-            raise
-        raise RunError(f"another process is lost or hangs ({_reason(error)})") from error
+        # gloo's errors are plain RuntimeErrors; ours have a type of their own, and may name a file of any name.
+        if is_parallel() and (
+            isinstance(error, dist.DistError) or (type(error) is RuntimeError and "gloo" in str(error))
+        ):
+            raise RunError(f"another process is lost or hangs ({_reason(error)})") from error
+        raise
 
 
 def _reason(error: Exception) -> str:
@@ -108,9 +113,20 @@ def parallel(module: nn.Module) -> nn.Module:
     """``module`` in DistributedDataParallel, which averages its gradients over the processes; alone, ``module``."""
     if world_size() == 1:
         return module
-    # Every parameter in a bucket of its own (of one byte or more). DDP rearranges larger ones after its first step, and
-    # the order in which three or more numbers are added depends on them: a resumed run would end with other last bits.
-    return DistributedDataParallel(module, bucket_cap_mb=1e-6, gradient_as_bucket_view=True)
+    replicas = DistributedDataParallel(module, gradient_as_bucket_view=True)
+    replicas.register_comm_hook(None, lambda _, bucket: _average_each(bucket))
+    return replicas
+
+
+def _average_each(bucket: Any) -> torch.futures.Future[Tensor]:
+    """Average the gradients of a ``dist.GradBucket`` one by one.
+
+    The order in which three or more numbers are added depends on their place in the tensor, and DDP arranges its
+    buckets anew after the first step: averaged as a whole, a resumed run would end with other last bits.
+    """
+    works = [dist.all_reduce(gradient.div_(world_size()), async_op=True) for gradient in bucket.gradients()]
+    done = torch.futures.collect_all([work.get_future() for work in works])
+    return done.then(lambda _: bucket.buffer())
 
 
 def gradients_averaged(module: nn.Module, now: bool) -> AbstractContextManager[object]:

@@ -106,7 +106,7 @@ def fit(folder: Path, dataset: Dataset, *, on_step: OnStep | None = None, tensor
             path = folder / run_folder.METRICS
             trainer.metrics = stack.enter_context(Metrics(path, trainer.step, tensorboard=tensorboard))
         trainer.train(stop, on_step)
-        distributed.on_rank_0(trainer.save_model)
+        trainer.save_model()
         return trainer.outcome()
 
 
@@ -241,10 +241,13 @@ class _Trainer:
             self.metrics.write(record)
 
     def _save(self) -> None:
-        distributed.on_rank_0(self._save_checkpoint)
+        distributed.on_rank_0(run_folder.writing(self.folder)(self._write_checkpoint))
         self.saved = self.step
 
-    def _save_checkpoint(self) -> None:
+    def save_model(self) -> None:
+        distributed.on_rank_0(run_folder.writing(self.folder)(self._write_model))
+
+    def _write_checkpoint(self) -> None:
         if self.metrics is not None:
             self.metrics.sync()  # first: a checkpoint without its metrics would lose lines
         optimizer = self.optimizer.state_dict()
@@ -266,7 +269,7 @@ class _Trainer:
         }
         checkpoint.save(self.folder / run_folder.CHECKPOINT, tensors, state)
 
-    def save_model(self) -> None:
+    def _write_model(self) -> None:
         weights, state = self._final_model.state_dict(), {"config": dataclasses.asdict(self.config)}
         checkpoint.save(self.folder / run_folder.MODEL, weights, state)
 
