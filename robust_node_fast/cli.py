@@ -108,9 +108,11 @@ def _options_of_config(command: Callable[..., None]) -> Callable[..., None]:
 def _default_of(field: dataclasses.Field[Any]) -> str:
     """``5; digits: 30; certified: 20``: the default, then the recipes that depart from it."""
     default = field.default_factory() if callable(field.default_factory) else field.default
-    departures = []
+    departures, contractive = [], training.RECIPES["contractive"]
     for recipe, datasets in training.RECIPES.items():
         given = {dataset: values[field.name] for dataset, values in datasets.items() if field.name in values}
+        if recipe == "large-batch":  # the contractive one, but for what it says anew
+            given = {name: value for name, value in given.items() if value != contractive[name].get(field.name)}
         if recipe != "contractive" and given:  # for all data sets where they agree
             agree = len(set(map(str, given.values()))) == 1
             given = {f"{recipe} {dataset}": value for dataset, value in given.items()}
@@ -156,12 +158,12 @@ def train(
     ] = "digits",
     recipe: Annotated[
         Literal["contractive", "certified", "large-batch"],
-        typer.Option(help="Settings to start from: the paper's method, training for certificates, many images a step."),
+        typer.Option(help="Settings to start from: the paper's, for certificates, for large batches."),
     ] = "contractive",
     network: Annotated[
         Literal["vanilla", "contractive", "both"] | None,
         typer.Option(
-            help="Without or with the contraction penalty, or both: same initial weights, data order, budget.",
+            help="Without or with the penalty, or both: same start, data order, budget.",
             show_default="both; certified: vanilla",
         ),
     ] = None,
@@ -176,7 +178,7 @@ def train(
     backend: Backend = None,
     timeout: Annotated[
         float,
-        typer.Option(min=1, help="Under torchrun: seconds that a process waits for the others before it gives up."),
+        typer.Option(min=1, help="Under torchrun: seconds to wait for another process."),
     ] = 600,
     **changes: Any,
 ) -> None:

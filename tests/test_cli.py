@@ -82,7 +82,7 @@ def test_help_shows_every_field_with_help_and_default() -> None:
         assert f"--{field.name.replace('_', '-')} " in text
         if field.name not in ("dataset", "network"):  # these two have words of their own
             assert field.metadata["help"] in text
-    assert "[default: (5; digits: 30; cifar10: 100; certified: 36; large-batch: 100)]" in text
+    assert "[default: (5; digits: 30; cifar10: 100; certified: 36)]" in text
     assert "[default: (0.05)]" in text
     assert "[default: digits]" in text
     assert "[default: (both; certified: vanilla)]" in text

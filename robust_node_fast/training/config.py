@@ -63,64 +63,56 @@ class TrainConfig:
     init: Literal["centered", "default", "identity", "authors"] = _field(
         "centered",
         _NETWORK,
-        "Start: default (PyTorch's, as in the paper); centered (biases by nn.center_bias_: black stays zero); identity "
-        "(filters by nn.contractive_init_: the rate with equality); authors (by nn.authors_init_: -5 * eye(3) each).",
+        "Start: PyTorch's (the paper's), nn.center_bias_, nn.contractive_init_ or nn.authors_init_.",
     )
-    seed: int = _field(0, _NETWORK, "Seed of the initial weights, the data order, augmentation and dropout.")
+    seed: int = _field(0, _NETWORK, "Seed of weights, data order, augmentation, dropout.")
     train_samples: int | None = _field(None, _DATA, "First training images; else all.")
     epochs: int = _field(5, _OPTIMIZER, "Passes over the training set.")
-    batch_size: int = _field(128, _OPTIMIZER, "Images per optimizer step, whatever number of processes shares them.")
-    accumulate: int = _field(1, _OPTIMIZER, "Parts of a batch that are computed one after another, to save memory.")
+    batch_size: int = _field(128, _OPTIMIZER, "Images per optimizer step, over all processes.")
+    accumulate: int = _field(1, _OPTIMIZER, "Parts of a batch, computed one after another to save memory.")
     augmentation: Literal["none", "crop-flip", "crop-flip-cutout"] = _field(
-        "none", _DATA, "Shift by up to 4 pixels and mirror; cutout: and blacken a square of half the side."
+        "none", _DATA, "Shift by up to 4 pixels and mirror; cutout: and a black square."
     )
-    label_smoothing: float = _field(0.0, _OPTIMIZER, "Share of a label that is spread over all classes.")
+    label_smoothing: float = _field(0.0, _OPTIMIZER, "Share of a label spread over all classes.")
     optimizer: Literal["adam", "adamw", "sgd"] = _field("adam", _OPTIMIZER, "Optimizer of torch.optim.")
     lr: float = _field(0.05, _OPTIMIZER, "Learning rate of the first epoch.")
-    lr_batch_size: int | None = _field(
-        None, _OPTIMIZER, "Batch size that lr is meant for: it grows in proportion to batch_size. Else lr as it is."
-    )
-    warmup_epochs: int = _field(0, _OPTIMIZER, "First epochs, in which the learning rate grows from a hundredth.")
+    lr_batch_size: int | None = _field(None, _OPTIMIZER, "Batch size that lr is meant for: it is scaled in proportion.")
+    warmup_epochs: int = _field(0, _OPTIMIZER, "First epochs, in which the learning rate grows.")
     lr_decay: float = _field(0.7, _OPTIMIZER, "Factor on the learning rate after every epoch.")
     milestones: list[int] = dataclasses.field(
         default_factory=list,
         metadata={
-            "help": "Epochs after which the learning rate drops to a tenth (repeat the option).",
+            "help": "Epochs after which lr drops to a tenth (repeat the option).",
             "panel": _OPTIMIZER,
         },
     )
     momentum: float = _field(0.0, _OPTIMIZER, "Momentum of SGD.")
     nesterov: bool = _field(False, _OPTIMIZER, "Nesterov's momentum.")
     weight_decay: float = _field(0.0, _OPTIMIZER, "Weight decay.")
-    grad_clip: float = _field(0.0, _OPTIMIZER, "Largest 2-norm of the gradient; 0: no clipping.")
-    ema_decay: float = _field(
-        0.0, _OPTIMIZER, "Average the weights over the steps with this decay, and test and keep the average; 0: no."
-    )
+    grad_clip: float = _field(0.0, _OPTIMIZER, "Largest 2-norm of the gradient; 0: any.")
+    ema_decay: float = _field(0.0, _OPTIMIZER, "Decay of the average of the weights that is tested and kept; 0: none.")
     rate: float = _field(2.0, _CONTRACTION, "Contraction rate rho that the contractive network is to satisfy.")
     rate_margin: float = _field(
         0.05,
         _CONTRACTION,
-        "The penalty asks for rate * (1 + rate_margin): its hinge stops at the boundary, and the margin keeps the "
-        "optimizer's last steps on the right side of it. 0 is the paper's loss.",
+        "The penalty asks for rate * (1 + rate_margin), to end inside its hinge; 0 is the paper's loss.",
     )
     norm: Literal["2", "2-sharp", "inf", "1"] = _field("2", _CONTRACTION, "Norm of the contraction penalty.")
     penalty_weight: float = _field(1.0, _CONTRACTION, "Weight of the penalty beside the cross-entropy.")
     regularizer: Literal["filters", "jacobian"] = _field(
         "filters",
         _CONTRACTION,
-        "What the penalty looks at: the filters, or the Jacobian (norm 2) at states of a batch's first 8 images (of "
-        "every process).",
+        "What is penalised: filters, or the Jacobian (norm 2) of the first 8 images of every process.",
     )
     certified_eps: float = _field(
         0.0,
         _CONTRACTION,
-        "Train for certificates (bound E) up to this l_inf radius, which grows to it in the first half of the run; the "
-        "cross-entropy of the worst-case logits then weighs as much as the clean one. 0: no.",
+        "Train for certificates (bound E) up to this l_inf radius, reached half-way; 0: no.",
     )
     checkpoint_every: int = _field(200, _RUN, "Steps between checkpoints (one more after every epoch).")
     device: str = _field("cpu", _RUN, "Device to train on.")
     channels_last: bool = _field(False, _RUN, "Images and states in channels_last.")
-    autocast: bool = _field(False, _RUN, "The network in bfloat16, by torch.autocast; weights and losses stay float32.")
+    autocast: bool = _field(False, _RUN, "The network in bfloat16 by torch.autocast; weights and losses in float32.")
     compile: bool = _field(False, _RUN, "torch.compile the network with its losses.")
 
     def __post_init__(self) -> None:
@@ -226,7 +218,10 @@ class TrainConfig:
         )
 
     def certified_share(self, progress: float) -> float:
-        """How much of ``certified_eps`` is trained for when this share of the run is done: all of it from half on."""
+        """How much of ``certified_eps`` is trained for when this share of the run is done: all of it from half on.
+
+        The cross-entropy of the worst-case logits then weighs as much as the clean one.
+        """
         return min(1.0, 2.0 * progress)
 
     def build_model(self) -> models.Model:
