@@ -108,6 +108,27 @@ def test_images_and_labels_that_do_not_belong_together(tmp_path: Path, no_networ
         data.load("mnist", tmp_path)
 
 
+@pytest.mark.parametrize("length", [-1, None])
+def test_cifar_files_that_are_truncated_or_corrupt(
+    length: int | None, tmp_path: Path, no_network: None, data_root: Path
+) -> None:
+    whole = data_root / FOLDERS["cifar10"]
+    if not whole.is_dir():
+        pytest.skip("cifar-10-batches-py is not in the folder with the real data")
+    folder = tmp_path / FOLDERS["cifar10"]
+    folder.mkdir()
+    for path in whole.iterdir():
+        (folder / path.name).symlink_to(path)
+    broken = folder / "data_batch_3"
+    content = bytearray(broken.read_bytes())
+    content[1_000_000] ^= 1
+    broken.unlink()
+    broken.write_bytes(content[:length])
+    with pytest.raises(data.DataError, match="cifar10 can be neither read from nor downloaded to") as error:
+        data.load("cifar10", tmp_path)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("name", "shape", "n_train"),
     [("mnist", (1, 28, 28), 60_000), ("fashionmnist", (1, 28, 28), 60_000), ("cifar10", (3, 32, 32), 50_000)],

@@ -240,6 +240,17 @@ def test_batches_too_small_for_their_parts(tmp_path: Path) -> None:
         fit(tmp_path, tiny(batch_size=4, accumulate=3))
 
 
+def test_the_recipe_trains_on_real_images(data_root: Path, tmp_path: Path) -> None:
+    if not (data_root / "cifar-10-batches-py").is_dir():
+        pytest.skip("cifar-10-batches-py is not in the folder with the real data")
+    whole = data.load("cifar10", data_root)
+    few = dataclasses.replace(whole, test_images=whole.test_images[:64], test_labels=whole.test_labels[:64])
+    small = {"n_steps": 1, "train_samples": 512, "batch_size": 64, "epochs": 5, "warmup_epochs": 1, "autocast": True}
+    found = losses(fit(tmp_path, TrainConfig.recipe("cifar10", "large-batch", network="vanilla", **small), few))
+    assert found[0] == pytest.approx(torch.tensor(10.0).log().item(), abs=0.5)  # knows nothing
+    assert sum(found[-8:]) / 8 < found[0] - 0.1
+
+
 def test_recipe() -> None:
     config = TrainConfig.recipe("cifar10", "large-batch")
     assert (config.model, config.batch_size, config.epochs, config.rate) == ("StagedCIFARNode", 1024, 100, 0.1)
