@@ -52,16 +52,18 @@ def process_group(device: str, timeout: float) -> Iterator[None]:
     """The process group that ``torchrun`` describes in the environment, if it started this process.
 
     Args:
-        device: ``"cuda"`` (NCCL; each process takes the card of its local rank), else gloo.
+        device: ``"cuda"`` (NCCL; each process takes the card of its local rank), or another one (gloo).
         timeout: seconds after which a process that waits for another one gives up.
 
     Raises:
-        RunError: the processes do not find each other.
+        RunError: the processes do not find each other, or all would use the same card.
     """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         yield
         return
     cuda = torch.device(device).type == "cuda"
+    if cuda and torch.device(device).index is not None:
+        raise RunError(f"device {device!r} is one card for all processes: choose --device cuda, a card for each")
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     try:
