@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from robust_node_fast import data, models, training
+from robust_node_fast.certify import linf_certified
 from robust_node_fast.training import TrainConfig, checkpoint
 
 DIGITS = data.load("digits")
@@ -171,6 +172,19 @@ def test_averaged_weights_are_the_average(tmp_path: Path) -> None:
     assert torch.equal(model.fc1.weight, seen[-1]["ema.module.fc1.weight"])
     right = (model(FEW.test_images).argmax(1) == FEW.test_labels).double().mean().item()
     assert right == pytest.approx(records(folder)[-1]["test_accuracy"])
+
+
+def test_certificates_are_tracked(tmp_path: Path) -> None:
+    config = tiny(**{**EVERYTHING, "track_eps": 0.01})
+    found = [record["test_certified"] for record in fit(tmp_path / "run", config, BYTES) if "test_certified" in record]
+    assert len(found) == 2
+    model, _ = training.load_model(tmp_path / "run")
+    certified = linf_certified(model, BYTES.test_images, BYTES.test_labels, 0.01)
+    assert found[-1] == pytest.approx(certified.double().mean().item())
+    assert 0.0 < found[-1] < 1.0
+    fit(tmp_path / "without", dataclasses.replace(config, track_eps=0.0), BYTES)
+    for name, tensor in weights(tmp_path / "without").items():  # looking changes nothing
+        assert torch.equal(tensor, weights(tmp_path / "run")[name])
 
 
 def test_optimizers(tmp_path: Path) -> None:

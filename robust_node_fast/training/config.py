@@ -109,6 +109,9 @@ class TrainConfig:
         _CONTRACTION,
         "Train for certificates (bound E) up to this l_inf radius, reached half-way; 0: no.",
     )
+    track_eps: float = _field(
+        0.0, _CONTRACTION, "After every epoch, the share of 256 test images certified at this l_inf radius; 0: no."
+    )
     checkpoint_every: int = _field(200, _RUN, "Steps between checkpoints (one more after every epoch).")
     device: str = _field("cpu", _RUN, "Device to train on.")
     channels_last: bool = _field(False, _RUN, "Images and states in channels_last.")
@@ -142,8 +145,10 @@ class TrainConfig:
             raise ValueError(f"milestones={self.milestones!r} is not a list of epochs, expected ints of at least 1")
         for name in ("lr", "lr_decay", "rate"):
             self._at_least_zero(name, positive=True)
-        for name in ("momentum", "weight_decay", "grad_clip", "rate_margin", "penalty_weight", "certified_eps"):
+        for name in ("momentum", "weight_decay", "grad_clip", "rate_margin", "penalty_weight"):
             self._at_least_zero(name)
+        self._at_least_zero("certified_eps")
+        self._at_least_zero("track_eps")
         for name in ("label_smoothing", "ema_decay"):
             self._at_least_zero(name)
             if getattr(self, name) >= 1:

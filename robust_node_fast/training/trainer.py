@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from robust_node_fast import _backends
+from robust_node_fast.certify import linf_certified
 from robust_node_fast.data import Dataset, to_float
 from robust_node_fast.models import Model
 from robust_node_fast.training import augment, checkpoint, distributed
@@ -42,6 +43,7 @@ __all__ = ["RATE_TOLERANCE", "Outcome", "check_device", "fit", "rate_sentence"]
 OnStep = Callable[[int, int, dict[str, float]], None]
 
 RATE_TOLERANCE = 1e-2  # the contractive network satisfies its rate if it reaches (1 - 1e-2) * rate
+_TRACKED = 256  # test images whose certificates are tracked
 _ENVIRONMENT_OF_OLD = {"processes": 1}  # what checkpoints did not say before it could differ
 
 
@@ -119,6 +121,9 @@ class _Trainer:
         self.test_images = distributed.share(dataset.test_images).to(config.device)
         self.test_labels = distributed.share(dataset.test_labels).to(config.device)
         self.n_test = len(dataset.test_labels)
+        self.tracked: _Tracked | None = None
+        if config.track_eps:
+            self.tracked = _Tracked(config, dataset.test_images[:_TRACKED], dataset.test_labels[:_TRACKED])
         torch.manual_seed(config.seed)
         self.model = config.build_model().to(config.device)
         self.averaged: AveragedModel | None = None
@@ -168,9 +173,11 @@ class _Trainer:
                 # One decision for all processes: one that stopped alone would leave the others waiting for it.
                 number = distributed.largest(stop.signal or 0, self.config.device)
                 if self.step % self.steps_per_epoch == 0:
-                    accuracy = self._accuracy()
+                    tested = {"test_accuracy": self._accuracy()}
+                    if self.tracked is not None:
+                        tested["test_certified"] = self.tracked.certified(self._final_model)
                     start = time.perf_counter() - self.seconds  # the clock stands still while testing
-                    self._write({"step": self.step, "epoch": epoch, "test_accuracy": accuracy, "seconds": self.seconds})
+                    self._write({"step": self.step, "epoch": epoch, **tested, "seconds": self.seconds})
                     self._save()
                 elif number or self.step % self.config.checkpoint_every == 0:
                     self._save()
@@ -342,6 +349,23 @@ class _Trainer:
             penalty=float(model.contraction_penalty(rate=config.rate, norm=config.norm)),
             seconds_per_epoch=self.seconds / config.epochs,
         )
+
+
+class _Tracked:
+    """The first test images, certified after every epoch; each process takes a part of them."""
+
+    def __init__(self, config: TrainConfig, images: Tensor, labels: Tensor) -> None:
+        self.eps, self.n = config.track_eps, len(labels)
+        self.images = distributed.share(images).to(config.device)
+        self.labels = distributed.share(labels).to(config.device)
+        self.model = config.build_model().to(config.device).eval()  # without layers that are there for training only
+
+    def certified(self, model: Model) -> float:
+        self.model.load_state_dict(model.state_dict())
+        count = torch.zeros((), dtype=torch.int64, device=self.labels.device)
+        if len(self.labels):
+            count += linf_certified(self.model, self.images, self.labels, self.eps).sum()
+        return int(distributed.total(count)) / self.n
 
 
 def _optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
