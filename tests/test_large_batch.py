@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed import run as torchrun
+from typer.testing import CliRunner
 
-from robust_node_fast import data, models, training
+from robust_node_fast import cli, data, models, training
 from robust_node_fast.certify import linf_certified
 from robust_node_fast.training import TrainConfig, checkpoint
 
@@ -263,6 +266,28 @@ def test_the_recipe_trains_on_real_images(data_root: Path, tmp_path: Path) -> No
     found = losses(fit(tmp_path, TrainConfig.recipe("cifar10", "large-batch", network="vanilla", **small), few))
     assert found[0] == pytest.approx(torch.tensor(10.0).log().item(), abs=0.5)  # knows nothing
     assert sum(found[-8:]) / 8 < found[0] - 0.1
+
+
+@pytest.mark.parametrize(
+    "script", sorted((Path(__file__).parent.parent / "examples").glob("cifar_*.sh")), ids=lambda path: path.stem
+)
+def test_example_commands(script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they stand, but for the device, the compiler, the data and their amount."""
+    command = [line for line in script.read_text().replace("\\\n", " ").splitlines() if not line.startswith("#")]
+    words = shlex.split(" ".join(command).removeprefix("exec "))
+    before, arguments = words[: words.index("train")], words[words.index("train") : -1]
+    if before[0] == "torchrun":
+        options = torchrun.parse_args(before[1:])
+        assert (options.training_script, options.module, options.nproc_per_node) == ("robust_node_fast", True, "8")
+    else:
+        assert before == ["rnf"]
+    images, labels = torch.randint(256, (64, 3, 32, 32), dtype=torch.uint8), torch.arange(64) % 10
+    monkeypatch.setattr(data, "load", lambda *_: data.Dataset("cifar10", images, labels, data.to_float(images), labels))
+    small = ["--device", "cpu", "--no-compile", "--epochs", "1", "--n-steps", "1", "--out", str(tmp_path / "run")]
+    result = CliRunner().invoke(cli.app, [*arguments, *small])
+    assert result.exit_code == 0, result.output
+    for network in training.NETWORKS:
+        assert "test_certified" in records(tmp_path / "run" / network)[-1]
 
 
 def test_recipe() -> None:
