@@ -293,7 +293,7 @@ def test_example_commands(script: Path, tmp_path: Path, monkeypatch: pytest.Monk
 def test_recipe() -> None:
     config = TrainConfig.recipe("cifar10", "large-batch")
     assert (config.model, config.batch_size, config.epochs, config.rate) == ("StagedCIFARNode", 1024, 100, 0.1)
-    assert config.scaled_lr == pytest.approx(0.4)
+    assert config.scaled_lr == pytest.approx(4e-3)
     assert [config.lr_factor(epochs) for epochs in (0, 2.5, 5, 49.9, 50)] == pytest.approx([0.01, 0.505, 1, 1, 0.1])
     assert TrainConfig.from_json(config.to_json()) == config
     with pytest.raises(ValueError, match="recipe='large-batch' is there for cifar10, not for dataset='mnist'"):
