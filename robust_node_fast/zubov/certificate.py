@@ -122,8 +122,8 @@ def _gradient_box(
     lyapunov: ConvexLyapunov, coefficients: Coefficients, offset: Tensor, rho: Tensor, dual: float
 ) -> tuple[Tensor, Tensor]:
     """Where ``grad V - 2 eps (x - x*)`` lies within rho of the states, number by number: ``(K, B, dim)`` twice."""
-    attention, readout, anchor, gradient = coefficients
-    weight, layers = lyapunov.input_weight, (lyapunov.depth, lyapunov.width)
+    weight, attention, readout, anchor, gradient = coefficients
+    layers = lyapunov.depth, lyapunov.width
     drive = torch.unflatten(weight @ offset.mT, 1, layers)
     spread = torch.unflatten(torch.linalg.vector_norm(weight, dual, dim=2)[..., None] * rho, 1, layers)
     ends = []
@@ -131,11 +131,11 @@ def _gradient_box(
         delta, slopes = first[:, 0], []
         for i in range(lyapunov.depth):
             if i:
-                delta = attention[:, i - 1] @ softplus_increment(delta, anchor[:, i - 1]) + first[:, i]
-            slopes.append(torch.sigmoid(anchor[:, i] + delta))
+                delta = attention[i - 1] @ softplus_increment(delta, anchor[i - 1]) + first[:, i]
+            slopes.append(torch.sigmoid(anchor[i] + delta))
         through = [slopes[-1] * readout.mT]
         for i in range(lyapunov.depth - 2, -1, -1):
-            through.append(slopes[i] * (attention[:, i].mT @ through[-1]))
+            through.append(slopes[i] * (attention[i].mT @ through[-1]))
         ends.append(torch.cat(through[::-1], 1))
     rising, falling = weight.clamp_min(0.0).mT, weight.clamp_max(0.0).mT
     low = rising @ ends[0] + falling @ ends[1] - gradient

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -17,10 +18,17 @@ __all__ = ["ConvexLyapunov"]
 class Coefficients(NamedTuple):
     """All that the functions need and that no state enters; W units, L layers."""
 
-    attention: Tensor  # (K, L - 1, W, W), rows sum to one
+    weight: Tensor  # (K, L W, dim), of the offset from the equilibrium
+    attention: tuple[Tensor, ...]  # L - 1 times (K, W, W), rows sum to one
     readout: Tensor  # (K, 1, W), not negative
-    anchor: Tensor  # (K, L, W, 1), pre-activations at the equilibrium
+    anchor: tuple[Tensor, ...]  # L times (K, W, 1), pre-activations at the equilibrium
     gradient: Tensor  # (K, dim, 1), of the network at the equilibrium
+
+    def double(self) -> Coefficients:
+        """In float64."""
+        weight, attention, readout, anchor, gradient = self
+        layers = tuple(layer.double() for layer in attention), tuple(layer.double() for layer in anchor)
+        return Coefficients(weight.double(), layers[0], readout.double(), layers[1], gradient.double())
 
 
 class ConvexLyapunov(nn.Module):
@@ -153,55 +161,47 @@ class ConvexLyapunov(nn.Module):
                 shifts.append(shift(context))
                 gates.append(1.0 + gate(context))
             anchor, keys = anchor + torch.stack(shifts, 1), keys * torch.stack(gates, 1).unsqueeze(2)
-        keys = keys * keys.shape[-1] ** -0.5
-        attention = torch.softmax(self.query @ keys[:, :-1].mT, -1)
-        readout = torch.softmax(self.readout_query @ keys[:, -1].mT, -1) * self.log_scale.exp()[:, None, None]
-        anchor = anchor.unsqueeze(-1)
-        slope = torch.sigmoid(anchor)
-        through = [slope[:, -1] * readout.mT]  # d g / d pre-activations at the equilibrium, the last layer's first
-        for i in range(self.depth - 2, -1, -1):
-            through.append(slope[:, i] * (attention[:, i].mT @ through[-1]))
+        # split and unbind: the gradient of an indexed tensor is a zero tensor of full size, for every index.
+        lower, last = torch.split(keys * keys.shape[-1] ** -0.5, [self.depth - 1, 1], 1)
+        attention = torch.softmax(self.query @ lower.mT, -1).unbind(1)
+        readout = torch.softmax(self.readout_query @ last.squeeze(1).mT, -1) * self.log_scale.exp()[:, None, None]
+        anchors = anchor.unsqueeze(-1).unbind(1)
+        through = [torch.sigmoid(anchors[-1]) * readout.mT]  # d g / d pre-activations at x*, the last layer's first
+        for layer_attention, layer_anchor in zip(attention[::-1], anchors[-2::-1], strict=True):
+            through.append(torch.sigmoid(layer_anchor) * (layer_attention.mT @ through[-1]))
         gradient = self.input_weight.mT @ torch.cat(through[::-1], 1)
-        return Coefficients(attention, readout, anchor, gradient)
+        return Coefficients(self.input_weight, attention, readout, anchors, gradient)
 
     def values(self, coefficients: Coefficients, offset: Tensor) -> Tensor:
         """V at ``x* + offset``: ``(K, N, dim) -> (K, N)``.
 
         Works with what changes from the equilibrium on: nothing large cancels, and no change gives exactly 0.
         """
-        attention, readout, anchor, gradient = coefficients
-        drive = self._drive(offset)
-        rise = softplus_increment(drive[0], anchor[:, 0])
-        for i in range(1, self.depth):
-            delta = torch.baddbmm(drive[i], attention[:, i - 1], rise)
-            rise = softplus_increment(delta, anchor[:, i])
-        return self._bregman(readout, rise, offset, gradient).relu() + self.eps * offset.square().sum(-1)
+        increment = self._increment(coefficients, offset, softplus_increment)
+        return increment.relu() + self.eps * offset.square().sum(-1)
 
     def values_and_derivatives(
         self, coefficients: Coefficients, offset: Tensor, tangent: Tensor
     ) -> tuple[Tensor, Tensor]:
         """V at ``x* + offset`` and its derivative along ``tangent``, ``(N, dim)`` or ``(K, N, dim)``: both ``(K, N)``.
 
-        Forward mode written out: every layer carries its change and the rate of its change.
+        Forward mode written out: every layer carries its change, and beside it the rate of its change.
         """
-        attention, readout, anchor, gradient = coefficients
-        drive, drive_rate = self._drive(offset), self._drive(tangent)
-        rise, rate = softplus_increment_and_tangent(drive[0], drive_rate[0], anchor[:, 0])
-        for i in range(1, self.depth):
-            delta = torch.baddbmm(drive[i], attention[:, i - 1], rise)
-            delta_rate = torch.baddbmm(drive_rate[i], attention[:, i - 1], rate)
-            rise, rate = softplus_increment_and_tangent(delta, delta_rate, anchor[:, i])
-        value = self._bregman(readout, rise, offset, gradient).relu() + self.eps * offset.square().sum(-1)
-        derivative = self._bregman(readout, rate, tangent, gradient) + 2.0 * self.eps * (offset * tangent).sum(-1)
-        return value, derivative
+        both = torch.cat([offset, tangent.expand_as(offset)], 1)
+        increment, rate = self._increment(coefficients, both, softplus_increment_and_tangent).chunk(2, 1)
+        value = increment.relu() + self.eps * offset.square().sum(-1)
+        return value, rate + 2.0 * self.eps * (offset * tangent).sum(-1)
 
-    def _drive(self, offset: Tensor) -> tuple[Tensor, ...]:
-        """``B_l (x - x*)`` for all layers and classes in one product: L tensors ``(K, W, N)``."""
-        return torch.unflatten(self.input_weight @ offset.mT, 1, (self.depth, self.width)).unbind(1)
-
-    @staticmethod
-    def _bregman(readout: Tensor, rise: Tensor, offset: Tensor, gradient: Tensor) -> Tensor:
-        """``p.(z_L(x) - z_L(x*)) - grad g(x*).(x - x*)``; not negative but for rounding."""
+    def _increment(
+        self, coefficients: Coefficients, offset: Tensor, activation: Callable[[Tensor, Tensor], Tensor]
+    ) -> Tensor:
+        """``p.(z_L(x) - z_L(x*)) - grad g(x*).(x - x*)``, not negative but for rounding: ``(K, N, dim) -> (K, N)``."""
+        weight, attention, readout, anchor, gradient = coefficients
+        # B_l (x - x*) for all layers and classes in one product
+        drive = torch.unflatten(weight @ offset.mT, 1, (self.depth, self.width)).unbind(1)
+        rise = activation(drive[0], anchor[0])
+        for layer_attention, layer_drive, layer_anchor in zip(attention, drive[1:], anchor[1:], strict=True):
+            rise = activation(torch.baddbmm(layer_drive, layer_attention, rise), layer_anchor)
         return (readout @ rise).squeeze(1) - (offset @ gradient).squeeze(-1)
 
     def checked(self, name: str, value: Tensor, shape: tuple[int | None, ...], expected: str) -> Tensor:
