@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import csv
+import importlib.util
 import math
+from pathlib import Path
 from typing import Any
 
 import hypothesis.strategies as st
@@ -20,6 +23,7 @@ import robust_node_fast as rnf
 from robust_node_fast import zubov
 from robust_node_fast.zubov import softplus
 
+ROOT = Path(__file__).resolve().parent.parent
 BOTH = pytest.mark.parametrize("partial", [False, True], ids=["convex", "partial"])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 
@@ -787,3 +791,35 @@ def test_what_is_not_finite_propagates(dtype: torch.dtype) -> None:
     assert value[[0, 3]].isfinite().all()
     assert not value[[1, 2]].isfinite().any()
     assert lyapunov(x[:0]).shape == (0, 4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The benchmark
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_benchmark_runs_and_refuses_wrong_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = importlib.util.spec_from_file_location("bench_zubov", ROOT / "bench" / "zubov.py")
+    assert spec is not None
+    assert spec.loader is not None
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    for name, value in (("BATCH", 4), ("RAYS", 2), ("CLASSES", (2,))):
+        monkeypatch.setattr(bench, name, value)
+    monkeypatch.setattr(bench, "GROWTH", {"classes": (2, 3), "depth": (1,), "rays": (2,)})
+    bench.main(1, tmp_path / "zubov.csv", tmp_path / "zubov.png")
+    assert (tmp_path / "zubov.png").stat().st_size > 1000
+    with (tmp_path / "zubov.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["work"] for row in rows if row["provider"] == "loop"} == {"value and derivative", "boundary", "both"}
+    assert all(float(row["p50_ms"]) > 0 and row["machine"] for row in rows)
+
+    right = zubov.value_and_derivative
+
+    def wrong(lyapunov: zubov.ConvexLyapunov, x: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
+        value, rate = right(lyapunov, x, dx)
+        return value, 1.01 * rate
+
+    monkeypatch.setattr(bench.zubov, "value_and_derivative", wrong)
+    with pytest.raises(ValueError, match="results differ"):
+        bench.compare(2)
