@@ -691,6 +691,61 @@ def test_certificate_is_tight_where_everything_is_linear() -> None:
         assert (radius < torch.tensor([0.7, 0.01]).double()).all()
 
 
+@BOTH
+@pytest.mark.parametrize("p", ["inf", "1", "2"])
+def test_no_gradient_leaves_the_box(partial: bool, p: str) -> None:
+    lyapunov = scaled(functions(partial=partial), 2.0)
+    state, rho = torch.randn(6, 3, dtype=torch.float64), torch.logspace(-2, 1, 6, dtype=torch.float64)
+    dual = {"inf": 1.0, "1": torch.inf, "2": 2.0}[p]
+    with torch.no_grad():
+        box = zubov.certificate._gradient_box(lyapunov, lyapunov.coefficients(), lyapunov.offsets(state), rho, dual)
+        exact = zubov.certificate._gradient_box(lyapunov, lyapunov.coefficients(), lyapunov.offsets(state), 0 * rho, 1)
+
+    def gradients(x: Tensor) -> Tensor:
+        """Of ``V_k - eps |x - x*|^2``: ``(K, B, dim)``."""
+        x = x.expand(4, -1, -1).clone().requires_grad_()
+        quadratic = lyapunov.eps * (x - lyapunov.equilibria[:, None]).square().sum(-1)
+        return torch.autograd.grad((lyapunov.per_class(x) - quadratic).sum(), x)[0]
+
+    for end in exact:
+        assert_close(end, gradients(state), 1e-10)
+    for i in range(100):
+        step = torch.randn_like(state)
+        step = step.sign() if p == "inf" and i % 2 else step / step.norm(float(p), dim=1, keepdim=True)
+        found = gradients(state + rho[:, None] * step)
+        assert (box[0] - 1e-10 <= found).all()
+        assert (found <= box[1] + 1e-10).all()
+
+
+@pytest.mark.parametrize("p", ["inf", "2"])
+def test_no_attack_on_the_margin_of_sharp_functions(p: str) -> None:
+    """Kinks within the radius: bounds of the gradient at the state alone would claim too much here."""
+    claimed_too_much = False
+    for seed in range(20):
+        torch.manual_seed(seed)
+        lyapunov = functions(2, 3, width=3, depth=2, eps=1e-3)
+        with torch.no_grad():
+            lyapunov.input_weight.mul_(20.0)
+            lyapunov.anchor.sub_(8.0)
+        flow = zubov.DenseFlow(2, 1, 0.1, dtype=torch.float64)
+        nn.init.zeros_(flow.weight2)
+        nn.init.zeros_(flow.bias2)
+        net = zubov.ZubovNet(nn.Identity(), flow, lyapunov).eval()
+        x = torch.randn(16, 2, dtype=torch.float64)
+        y = net(x).argmax(1)
+        radius = zubov.margin_radius(net, x, y, p=p)
+        assert (worst_margin(net, x, y, radius, p) > 0).all()
+        with torch.no_grad():
+            slope = zubov.certificate._pair_slopes(
+                lyapunov, lyapunov.coefficients(), lyapunov.offsets(x), torch.zeros(16).double(), y, p
+            )
+            value = lyapunov(x)
+            margin = (value - value.gather(1, y[:, None])).scatter(1, y[:, None], torch.inf)
+            at_the_state = (margin / slope.scatter(1, y[:, None], 1.0)).amin(1)
+        claimed_too_much |= bool((worst_margin(net, x, y, at_the_state, p) < 0).any())
+    assert claimed_too_much
+
+
 def test_certificate_exceeds_the_specified_margin() -> None:
     """``min_j (V_j - V_y) / (2 L L_phi)`` with L from the same box on the same ball is never larger."""
     net = dense_net(3).eval()
