@@ -1,8 +1,8 @@
-"""Which instructions PyTorch's own kernels had best use on this machine: it must not lose by a poor choice of its own.
+"""Which instructions PyTorch's own kernels had best use on this machine: it must not lose by a poor choice.
 
-``python -m robust_node_fast.bench.capability`` prints the value for ``ATEN_CPU_CAPABILITY``, which PyTorch (and the code
-that ``torch.compile`` writes) reads when it starts; ``make bench`` sets it. On AMD's processors softplus takes several
-times longer with AVX-512 than with AVX2 (torch 2.14). Convolutions and this package's kernels choose for themselves.
+``python -m robust_node_fast.bench.capability`` prints the value for ``ATEN_CPU_CAPABILITY``, which PyTorch (and what
+``torch.compile`` writes) reads when it starts; ``make bench`` sets it. On AMD's processors softplus takes several times
+longer with AVX-512 than with AVX2 (torch 2.14). Convolutions and this package's kernels choose for themselves.
 """
 
 from __future__ import annotations
