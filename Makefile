@@ -14,7 +14,7 @@ test: setup
 	$(BIN)/python -m pytest
 
 bench: $(VENV)/.bench
-	$(BIN)/rnf bench --output bench/results --plots docs
+	ATEN_CPU_CAPABILITY=$$($(BIN)/python -m robust_node_fast.bench.capability) $(BIN)/rnf bench --output bench/results --plots docs
 
 setup: $(VENV)/.installed
 

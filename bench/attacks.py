@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import robust_node_fast as rnf
 from robust_node_fast import _timing
-from robust_node_fast.bench.run import processor
+from robust_node_fast.bench.run import machine
 
 BATCH, EPS, STEPS, TRAINING_STEPS, LR, RATE = 128, 0.1, 40, 150, 0.005, 2.0
 
@@ -93,7 +93,7 @@ def main(
         "rounds",
     ]
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    about = [BATCH, STEPS, EPS, rounds, processor(), threads, torch.__version__, rnf.__version__, now]
+    about = [BATCH, STEPS, EPS, rounds, machine(), threads, torch.__version__, rnf.__version__, now]
     output.parent.mkdir(parents=True, exist_ok=True)
     with output.open("w", newline="") as file:
         writer = csv.writer(file)

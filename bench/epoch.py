@@ -21,7 +21,7 @@ import typer
 from torch import Tensor, nn
 
 import robust_node_fast as rnf
-from robust_node_fast.bench.run import processor
+from robust_node_fast.bench.run import machine
 
 BATCH, LR, RATE, TURN = 128, 0.05, 2.0, 47
 
@@ -72,7 +72,7 @@ def main(
         writer = csv.writer(file)
         writer.writerow(["provider", "seconds_per_epoch", "steps", "machine", "threads", "torch", "version", "time"])
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        about = [len(batches), processor(), threads, torch.__version__, rnf.__version__, now]
+        about = [len(batches), machine(), threads, torch.__version__, rnf.__version__, now]
         writer.writerows([name, round(seconds[name], 2), *about] for name in networks)
 
 

@@ -307,8 +307,9 @@ def machine_rates(threads: int) -> tuple[float, float]:
 
 @lru_cache
 def machine() -> str:
-    """Processor and the instruction set that the kernels use, e.g. ``Intel(R) Xeon(R) Processor, avx512``."""
-    return f"{processor()}, {rnf.backend_info()['backends']['cpu'].get('isa', 'no compiled kernels')}"
+    """Processor, our kernels' instructions and PyTorch's own, e.g. ``AMD EPYC, avx512_bf16, PyTorch AVX2``."""
+    isa = rnf.backend_info()["backends"]["cpu"].get("isa", "no compiled kernels")
+    return f"{processor()}, {isa}, PyTorch {torch.backends.cpu.get_cpu_capability()}"
 
 
 def processor() -> str:

@@ -270,7 +270,7 @@ void contraction_penalty(Tensor weight, double rate, double slope_low, double sl
                             dense<const T>(weight, "weight"),
                             dense<T>(value, "value"),
                             dense<T>(coefficients, "coefficients")};
-    rnf::contraction_penalty(p, parallel());
+    rnf::kernels().of<T>().contraction_penalty(p, parallel());
   });
 }
 
@@ -292,7 +292,7 @@ void contraction_penalty_backward(Tensor grad_output, Tensor weight, Tensor coef
                                     dense<const T>(weight, "weight"),
                                     dense<const T>(coefficients, "coefficients"),
                                     dense<T>(grad_weight, "grad_weight")};
-    rnf::contraction_penalty_backward(p, parallel());
+    rnf::kernels().of<T>().contraction_penalty_backward(p, parallel());
   });
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-from robust_node_fast import certify, functional, jacobian, models, nn, reference
+from robust_node_fast import certify, functional, jacobian, models, nn, reference, zubov
 from robust_node_fast._backends import FallbackWarning, backend_info, set_backend
 from robust_node_fast._version import __version__
 
@@ -23,6 +23,7 @@ __all__ = [
     "robustness",
     "set_backend",
     "training",
+    "zubov",
 ]
 
 # Imported at their first use: they need packages that an importer of the layers alone should not pay for.

@@ -114,7 +114,7 @@ _BACKENDS: dict[str, Backend] = {
 _SIZES_COUNT = {device for b in _BACKENDS.values() if b.limit and b.unavailable is None for device in b.devices}
 _REFERENCE: dict[str, Callable[..., Any]] = {}  # filled by _ops.py, which owns the contract
 _chosen = "auto"
-_resolved: dict[Call, Callable[..., Any]] = {}
+_resolved: dict[tuple[Any, ...], Callable[..., Any]] = {}
 _warned: set[str] = set()
 
 
@@ -125,10 +125,11 @@ def register_reference(op: str, implementation: Callable[..., Any]) -> None:
 
 def implementation(op: str, tensor: Tensor, kernel_size: int | None) -> Callable[..., Any]:
     """The callable that runs ``op`` for tensors like this one."""
-    call = Call(op, tensor.device.type, tensor.dtype, kernel_size, _sizes(tensor))
+    key = (op, tensor.device.type, tensor.dtype, kernel_size, _sizes(tensor))  # equals the Call, and is made faster
     try:
-        return _resolved[call]
+        return _resolved[key]
     except KeyError:
+        call = Call(*key)
         name, why_not = _resolve(call)
         if name != "reference":
             function = _BACKENDS[name].implementations[op]

@@ -30,6 +30,14 @@ def number(name: str, value: object) -> None:
         raise ValueError(f"{name}={value!r} is not finite, expected a finite float")
 
 
+def count(name: str, value: object) -> None:
+    """An int of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}, expected an int")
+    if value < 1:
+        raise ValueError(f"{name}={value!r} is too small, expected at least 1")
+
+
 def choice(name: str, value: object, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ValueError(f"{name}={value!r} is unknown, expected one of {', '.join(map(repr, choices))}")

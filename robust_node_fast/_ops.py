@@ -314,9 +314,10 @@ def _is_plain(*args: Any) -> bool:
     So it is for strided CPU tensors (no subclass, no tracing, no pending negation), where a call costs as much as the
     penalty or a flow of one small image.
     """
-    return torch._C._len_torch_dispatch_stack() == 0 and all(
-        torch._C._dispatch_keys(arg).raw_repr() == _PLAIN for arg in args if isinstance(arg, Tensor)
-    )
+    for arg in args:  # not all(...): a generator would take as long as the rest
+        if isinstance(arg, Tensor) and torch._C._dispatch_keys(arg).raw_repr() != _PLAIN:
+            return False
+    return torch._C._len_torch_dispatch_stack() == 0
 
 
 def _below_autograd(name: str) -> Callable[..., Any]:

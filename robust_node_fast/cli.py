@@ -590,7 +590,7 @@ def bench(
     """Time this package against PyTorch and inference engines: every kernel is verified first; CSV, plots, a table."""
     import torch
 
-    from robust_node_fast.bench import gpu, plot, providers, registry, report, rows, run, verify
+    from robust_node_fast.bench import capability, gpu, plot, providers, registry, report, rows, run, verify
 
     if device == "cuda":
         if not torch.cuda.is_available():
@@ -610,6 +610,9 @@ def bench(
     with training.writing(output):
         output.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=output).close()  # before minutes of work rather than after them
+    advice = capability.advice()
+    if advice is not None:
+        _say(advice)
     with _progress("bench", len(pairs)) as update:
         done = itertools.count(1)
         try:

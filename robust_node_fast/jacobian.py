@@ -48,7 +48,7 @@ def symmetric_jacobian_eigenvalue(
     """
     _check_callable("vector_field", vector_field)
     _check_states("z", z, 2, "(B, ...)")
-    _check_iterations(n_iter)
+    _checks.count("n_iter", n_iter)
     with torch.autocast(z.device.type, enabled=False):
         v = _leading_vector(vector_field, z.detach(), n_iter, generator)
         return 2.0 * _dot(v, torch.func.jvp(vector_field, (z,), (v,))[1])
@@ -172,10 +172,3 @@ def _check_states(name: str, value: object, rank: int, expected: str) -> None:
         raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {expected}")
     if 0 in value.shape[rank - 1 :]:
         raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {expected} with at least one component")
-
-
-def _check_iterations(value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"n_iter={value!r} is a {type(value).__name__}, expected an int")
-    if value < 1:
-        raise ValueError(f"n_iter={value!r} is too small, expected at least 1")

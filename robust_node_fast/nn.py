@@ -85,10 +85,7 @@ class EulerConvFlow(nn.Module):
     ) -> None:
         super().__init__()
         for name, value in (("channels", channels), ("n_steps", n_steps), ("kernel_size", kernel_size)):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name}={value!r} is a {type(value).__name__}, expected an int")
-            if value < 1:
-                raise ValueError(f"{name}={value!r} is too small, expected at least 1")
+            _checks.count(name, value)
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size={kernel_size!r} is even, expected an odd kernel")
         _checks.number("step_size", step_size)

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import robust_node_fast as rnf
 from robust_node_fast import cli
-from robust_node_fast.bench import memory, plot, providers, registry, report, rows, run, verify
+from robust_node_fast.bench import capability, memory, plot, providers, registry, report, rows, run, verify
 from robust_node_fast.bench.registry import EAGER, OURS, Workload
 
 # Compiling takes minutes; what torch.compile does to the reference is tested nowhere better than in a real run.
@@ -306,10 +306,12 @@ def test_the_command_writes_everything(monkeypatch: pytest.MonkeyPatch, tmp_path
     work = dataclasses.replace(TINY, providers=(*EAGER, OURS))
     monkeypatch.setattr(registry, "WORKLOADS", (work,))
     monkeypatch.setattr(run, "SECONDS", {"bars": 0.0})
+    monkeypatch.setattr(capability, "best", lambda: "another")
     command = ["bench", "--group", "bars", "--only", "tin", "--mode", "forward", "--output", str(tmp_path / "out")]
     done = CliRunner().invoke(cli.app, [*command, "--plots", str(tmp_path), "--threads", "1"])
     assert done.exit_code == 0, done.stderr
     assert done.stdout.startswith("| workload | mode |")
+    assert "the comparison fair, with ATEN_CPU_CAPABILITY=another" in " ".join(done.stderr.split())
     assert {row.workload for row in rows.read(tmp_path / "out" / "flow.csv")} == {"tiny"}
     assert (tmp_path / "bench_ratios.png").exists()
 

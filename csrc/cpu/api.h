@@ -148,6 +148,8 @@ struct KernelsOf {
   void (*flow_bound)(const FlowBound<T>&, const Parallel&);
   void (*convolution_bound)(const ConvolutionBound<T>&, const Parallel&);
   void (*activation)(const Activation<T>&, const Parallel&);
+  void (*contraction_penalty)(const Penalty<T>&, const Parallel&);
+  void (*contraction_penalty_backward)(const PenaltyBackward<T>&, const Parallel&);
 };
 
 struct Kernels {
@@ -188,10 +190,5 @@ extern const Kernels kernels;
 const Kernels& kernels();
 // Names of all sets this processor runs, best first, separated by spaces.
 const char* supported_isas();
-
-template <class T>
-void contraction_penalty(const Penalty<T>&, const Parallel&);
-template <class T>
-void contraction_penalty_backward(const PenaltyBackward<T>&, const Parallel&);
 
 }  // namespace rnf

@@ -655,7 +655,8 @@ void check_activation(const rnf::Kernels& kernels, int64_t count, const rnf::Par
 }
 
 template <class T>
-void check_penalty(int64_t steps, int64_t channels, int64_t kernel, const rnf::Parallel& parallel) {
+void check_penalty(const rnf::Kernels& kernels, int64_t steps, int64_t channels, int64_t kernel,
+                   const rnf::Parallel& parallel) {
   const int64_t count = steps * channels * channels * kernel * kernel;
   const std::vector<double> random = random_values(count, 1.0);
   const std::vector<T> weight(random.begin(), random.end());
@@ -664,12 +665,12 @@ void check_penalty(int64_t steps, int64_t channels, int64_t kernel, const rnf::P
       const bool none = reduction == 2;
       std::vector<T> value(none ? steps * channels : 1, T(NAN)), coefficients(3 * steps * channels, T(NAN));
       std::vector<T> gradient(weight.size(), T(NAN));
-      rnf::contraction_penalty<T>(
+      kernels.of<T>().contraction_penalty(
           {steps, channels, kernel, 1.0, 0.1, 1.0, static_cast<rnf::Norm>(norm), static_cast<rnf::Reduction>(reduction),
            weight.data(), value.data(), coefficients.data()},
           parallel);
       const std::vector<T> upstream(value.size(), T(1));
-      rnf::contraction_penalty_backward<T>(
+      kernels.of<T>().contraction_penalty_backward(
           {steps, channels, kernel, upstream.data(), none, weight.data(), coefficients.data(), gradient.data()},
           parallel);
       // Every term is positively homogeneous up to the constant: value = active constants + sum(W * gradient).
@@ -687,7 +688,8 @@ void check_penalty(int64_t steps, int64_t channels, int64_t kernel, const rnf::P
       if (reduction == 1) active /= static_cast<double>(steps * channels);
       const double error = std::fabs(total + active - sum),
                    bound = (sizeof(T) == 4 ? 1e-5 : 1e-12) * (std::fabs(sum) + 1);
-      expect(error <= bound, "penalty", "any", shape(0, channels, 0, 0, kernel, steps, false, L::best), error, bound);
+      expect(error <= bound, "penalty", kernels.name, shape(0, channels, 0, 0, kernel, steps, false, L::best), error,
+             bound);
     }
 }
 
@@ -780,11 +782,12 @@ int main() {
       check_activation<float>(*kernels, count, kTwo);
       check_activation<double>(*kernels, count, kOne);
     }
-  for (int64_t channels : {1, 2, 7, 16})
-    for (int64_t kernel : {1, 3, 5}) {
-      check_penalty<float>(3, channels, kernel, kTwo);
-      check_penalty<double>(1, channels, kernel, kOne);
-    }
+  for (const rnf::Kernels* kernels : sets)
+    for (int64_t channels : {1, 2, 7, 16})
+      for (int64_t kernel : {1, 3, 5}) {
+        check_penalty<float>(*kernels, 3, channels, kernel, kTwo);
+        check_penalty<double>(*kernels, 1, channels, kernel, kOne);
+      }
   std::printf("%d flow cases on %zu instruction sets, %d failures\n", cases, sets.size(), failures);
   return failures != 0;
 }

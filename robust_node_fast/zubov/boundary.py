@@ -1,0 +1,119 @@
+"""``sample_boundary``: points where ``V_k`` has a given level, along random rays from its equilibrium, all at once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from robust_node_fast import _checks
+from robust_node_fast.zubov.lyapunov import Coefficients, ConvexLyapunov
+
+__all__ = ["sample_boundary"]
+
+_TOLERANCE = 2.5e-13  # of V, relative to the level
+_LARGEST = 2.0**20  # radius at which a ray is given up
+_ITERATIONS = 60  # at the latest; five are usual
+
+
+def sample_boundary(
+    lyapunov: ConvexLyapunov, n_rays: int, *, level: float = 1.0, generator: torch.Generator | None = None
+) -> Tensor:
+    """``x* + r u`` with ``V_k(x* + r u) = level``, for random unit vectors ``u`` (uniform on the sphere).
+
+    Along a ray from its equilibrium V is convex and grows from 0, so that there is one such point. All rays of all
+    classes are searched together: Newton's iteration for ``log V`` against ``log r``, for which a power of ``r`` takes
+    one step, within a bracket from tangents and chords, in float64.
+
+    Args:
+        lyapunov: K functions.
+        n_rays: R, of each class.
+        level: > 0; 1 is the boundary of the prescribed region of attraction.
+        generator: of the directions; the default generator of the device when left out.
+
+    Returns:
+        ``(K, R, dim)`` with ``|V - level| <= 1e-6 level`` in float32, ``1e-12 level`` in float64, or as near as
+        rounding of V and of the points allows. Differentiable once, by the implicit function theorem
+        ``dx = dx* - u dV / (grad V . u)``, dV at a fixed offset, in all parameters, learned equilibria among them.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and what was expected; V is not finite; V stays below the
+            level up to a radius of ``2^20`` along some ray (V as flat as that has collapsed).
+
+    Source: the name and the purpose are arXiv 2509.21879's (parallel boundary sampling); the method is ours.
+    """
+    if not isinstance(lyapunov, ConvexLyapunov):
+        raise TypeError(f"lyapunov is a {type(lyapunov).__name__}, expected a ConvexLyapunov")
+    _checks.count("n_rays", n_rays)
+    _checks.number("level", level)
+    if level <= 0:
+        raise ValueError(f"level={level!r} is not positive, expected a float > 0")
+    with torch.autocast(lyapunov.equilibria.device.type, enabled=False):
+        offset = boundary_offsets(lyapunov, lyapunov.coefficients(), n_rays, level, generator)
+        return lyapunov.equilibria[:, None] + offset
+
+
+def boundary_offsets(
+    lyapunov: ConvexLyapunov,
+    coefficients: Coefficients,
+    n_rays: int,
+    level: float,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """``sample_boundary`` less the equilibria, for functions whose coefficients are at hand."""
+    like = lyapunov.equilibria
+    shape = (lyapunov.num_classes, n_rays, lyapunov.dim)
+    direction = torch.randn(shape, dtype=like.dtype, device=like.device, generator=generator)
+    direction = direction / torch.linalg.vector_norm(direction, dim=-1, keepdim=True)
+    with torch.no_grad():
+        radius, slope = (t.to(like.dtype) for t in _radii(lyapunov, coefficients.double(), direction.double(), level))
+    if torch.is_grad_enabled():
+        value = lyapunov.values(coefficients, radius.unsqueeze(-1) * direction)
+        radius = radius - (value - value.detach()) / slope
+    return radius.unsqueeze(-1) * direction
+
+
+def _radii(
+    lyapunov: ConvexLyapunov, coefficients: Coefficients, direction: Tensor, level: float
+) -> tuple[Tensor, Tensor]:
+    """Radii ``(K, R)`` at which V has the level, and V's slopes along the rays there.
+
+    In float64: the rounding of V in float32 alone is almost the tolerance.
+    """
+    eps = torch.finfo(direction.dtype).eps
+    radius = direction.new_ones(direction.shape[:-1])
+    low, high = torch.zeros_like(radius), torch.full_like(radius, _LARGEST)
+    for left in reversed(range(_ITERATIONS)):
+        value, slope = lyapunov.values_and_derivatives(coefficients, radius.unsqueeze(-1) * direction, direction)
+        # V is convex and V(0) = 0: the chord through 0 bounds the root on one side, the tangent from above.
+        chord = radius * (level / value)
+        outside = value > level
+        low = torch.maximum(low, torch.where(outside, chord, radius))
+        high = torch.minimum(high, torch.where(outside, radius, chord))
+        high = torch.minimum(high, radius + (level - value) / slope)
+        power = (radius * slope / value).clamp_min(1.0)
+        guess = radius * (level / value) ** power.reciprocal()
+        guess = torch.where(guess > low, torch.minimum(guess, high), (low * high).sqrt())
+        off = (value - level).abs() > _TOLERANCE * level
+        off &= (guess - radius).abs() > 2.0 * eps * radius  # else rounding is all that is left
+        if left == 0 or not bool(off.any()):
+            break
+        radius = torch.where(off, guess, radius)
+    _report(value, radius, level)
+    return radius, slope
+
+
+def _report(value: Tensor, radius: Tensor, level: float) -> None:
+    lost = ~(value.isfinite() & radius.isfinite())
+    if bool(lost.any()):
+        raise ValueError(f"V is not finite along {_rays(lost)}, expected finite Lyapunov functions")
+    flat = (value < level) & (radius > 0.5 * _LARGEST)
+    if bool(flat.any()):
+        raise ValueError(
+            f"V stays below level={level!r} up to a radius of {_LARGEST:g} along {_rays(flat)}, expected functions "
+            f"that reach it: they are nearly constant, or eps is too small"
+        )
+
+
+def _rays(which: Tensor) -> str:
+    classes = which.any(1).nonzero().flatten().tolist()
+    return f"{int(which.sum())} of {which.numel()} rays (classes {', '.join(map(str, classes))})"

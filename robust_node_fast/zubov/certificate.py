@@ -1,0 +1,160 @@
+"""A certificate on the Lyapunov margin: how far an input can move before another V can be the smallest.
+
+Backbone and flow move the last state by at most ``L_phi r`` when the input moves by ``r`` (``certify.layer_bounds``,
+and the same kind of bound for a ``DenseFlow``). Within a ball of radius ``rho`` around ``x(T)`` the gradient of
+``V_j - V_y`` lies in a box, so that its dual norm is at most some ``L_jy(rho)``. If ``L_phi r <= rho`` and
+``L_jy(rho) L_phi r < V_j - V_y`` for all j, the prediction stays. ``rho`` is found by bisection: every rho gives a
+valid radius. The margin of the specification, ``(min_j V_j - V_y) / (2 L L_phi)``, is this with ``2 L`` in the place of
+``L_jy``; in a small ball ``L_jy`` is the length of the margin's own gradient, at most ``L_j + L_y``.
+
+The box: ``B_l (x - x*)`` moves by at most ``rho ||B_row||_q``, and attention, not negative, carries intervals; softplus
+and its slope grow with the pre-activation, so that their ends are the ends'. The gradient of ``p.z_L`` is
+``sum_l B_l' v_l`` with ``v_l = slope_l * (P_l' v_{l+1})``, not negative, carried in the same way. The quadratic terms'
+gradients differ by ``2 eps (x*_y - x*_j)``, whatever the state.
+
+Everything is in float64; the final comparison asks for 1e-9 more than the bounds, as in ``certify``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from robust_node_fast import _checks
+from robust_node_fast.certify import _network, lipschitz
+from robust_node_fast.zubov.lyapunov import Coefficients, ConvexLyapunov
+from robust_node_fast.zubov.network import DenseFlow, ZubovNet
+from robust_node_fast.zubov.softplus import softplus_increment
+
+__all__ = ["margin_radius"]
+
+_BISECTIONS = 30
+
+
+@torch.no_grad()
+def margin_radius(net: ZubovNet, x: Tensor, y: Tensor, *, p: str = "inf", batch_size: int = 64) -> Tensor:
+    """Radius in the p-norm of the input within which ``V_y`` provably stays the smallest: ``(B,)`` float64.
+
+    Args:
+        net: in eval mode; its backbone made of layers that ``certify`` has a Lipschitz bound for.
+        x: inputs ``(B, ...)``, float32 or float64.
+        y: labels ``(B,)``.
+        p: ``"inf"``, ``"1"`` or ``"2"``.
+        batch_size: samples at a time.
+
+    Returns:
+        0 where the prediction is not y; inf where nothing can change it.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and what was expected; a layer without a bound.
+
+    Source: arXiv 2509.21879 v2 has a certified margin; this bound is ours (module docstring).
+    """
+    if not isinstance(net, ZubovNet):
+        raise TypeError(f"net is a {type(net).__name__}, expected a ZubovNet")
+    _checks.choice("p", p, _checks.DUALS)
+    _checks.count("batch_size", batch_size)
+    net = _network.in_float64(net)  # type: ignore[assignment]
+    _check_samples(net, x, y)
+    constant = lipschitz_constant(net, p)
+    found = [torch.zeros(0, dtype=torch.float64, device=x.device)]
+    for part, labels in zip(torch.split(x, batch_size), torch.split(y, batch_size), strict=True):
+        state = net.dynamics(net.features(part.double())).flatten(1)
+        radius = _state_radius(net.lyapunov, state, labels.long(), p)
+        found.append(torch.where(radius > 0, radius / constant * (1.0 - _network.ROUNDING), 0.0))
+    return torch.cat(found)
+
+
+def lipschitz_constant(net: ZubovNet, p: str) -> float:
+    """Of ``x(T)`` as a function of the input, in the p-norm; ``net`` in float64."""
+    constant = 1.0
+    for layer in (*_network._flattened(net.backbone), net.dynamics):
+        bounds = _dense_bounds(layer) if isinstance(layer, DenseFlow) else lipschitz._bound(layer)
+        for bound in bounds:
+            constant *= bound.of(p)
+    return constant
+
+
+def _dense_bounds(flow: DenseFlow) -> list[lipschitz.LayerBound]:
+    """Row and column sums of ``|I + h/2 W2 W1| + |h|/2 |W2| |W1|``, as tanh has slopes ``1/2 +- 1/2``."""
+    product = 0.5 * flow.step_size * (flow.weight2 @ flow.weight1)
+    spread = 0.5 * abs(flow.step_size) * (flow.weight2.abs() @ flow.weight1.abs())
+    most = (product + torch.eye(flow.dim, dtype=product.dtype, device=product.device)).abs() + spread
+    pairs = zip(most.sum(2).amax(1).tolist(), most.sum(1).amax(1).tolist(), strict=True)
+    bounds = [lipschitz.LayerBound("DenseFlow step", inf, one) for inf, one in pairs]
+    return bounds * (flow.n_steps // len(bounds))
+
+
+def _state_radius(lyapunov: ConvexLyapunov, state: Tensor, y: Tensor, p: str) -> Tensor:
+    """The same for the last state: how far it can move, ``(B,)``."""
+    coefficients = lyapunov.coefficients()
+    offset = lyapunov.offsets(state)
+    value = lyapunov.values(coefficients, offset).T
+    margin = value - value.gather(1, y[:, None]) - _network.ROUNDING * (1.0 + value.abs().amax(1, keepdim=True))
+    margin = margin.scatter(1, y[:, None], torch.inf)
+
+    def reach(rho: Tensor) -> Tensor:
+        """How far the margins last if gradients are those within rho; falls with rho."""
+        slope = _pair_slopes(lyapunov, coefficients, offset, rho, y, p)
+        return (margin.clamp_min(0.0) / slope.scatter(1, y[:, None], 1.0)).amin(1)
+
+    low, high = torch.zeros_like(margin[:, 0]), reach(torch.zeros_like(margin[:, 0]))
+    for _ in range(_BISECTIONS):
+        middle = 0.5 * (low + high)
+        kept = reach(middle) >= middle
+        low, high = torch.where(kept, middle, low), torch.where(kept, high, middle)
+    return torch.where(margin.amin(1) > 0, low, 0.0)
+
+
+def _pair_slopes(
+    lyapunov: ConvexLyapunov, coefficients: Coefficients, offset: Tensor, rho: Tensor, y: Tensor, p: str
+) -> Tensor:
+    """Upper bound of the dual norm of ``grad (V_j - V_y)`` within rho of the states: ``(B, K)``."""
+    dual = {"inf": 1.0, "1": torch.inf, "2": 2.0}[p]
+    low, high = _gradient_box(lyapunov, coefficients, offset, rho, dual)
+    own = y.view(1, -1, 1).expand(1, -1, lyapunov.dim)
+    shift = 2.0 * lyapunov.eps * (lyapunov.equilibria[y] - lyapunov.equilibria[:, None])
+    least, most = low - high.gather(0, own) + shift, high - low.gather(0, own) + shift
+    return torch.linalg.vector_norm(torch.maximum(most.abs(), least.abs()), dual, dim=-1).T
+
+
+def _gradient_box(
+    lyapunov: ConvexLyapunov, coefficients: Coefficients, offset: Tensor, rho: Tensor, dual: float
+) -> tuple[Tensor, Tensor]:
+    """Where ``grad V - 2 eps (x - x*)`` lies within rho of the states, number by number: ``(K, B, dim)`` twice."""
+    weight, attention, readout, anchor, gradient = coefficients
+    layers = lyapunov.depth, lyapunov.width
+    drive = torch.unflatten(weight @ offset.mT, 1, layers)
+    spread = torch.unflatten(torch.linalg.vector_norm(weight, dual, dim=2)[..., None] * rho, 1, layers)
+    ends = []
+    for first in (drive - spread, drive + spread):
+        delta, slopes = first[:, 0], []
+        for i in range(lyapunov.depth):
+            if i:
+                delta = attention[i - 1] @ softplus_increment(delta, anchor[i - 1]) + first[:, i]
+            slopes.append(torch.sigmoid(anchor[i] + delta))
+        through = [slopes[-1] * readout.mT]
+        for i in range(lyapunov.depth - 2, -1, -1):
+            through.append(slopes[i] * (attention[i].mT @ through[-1]))
+        ends.append(torch.cat(through[::-1], 1))
+    rising, falling = weight.clamp_min(0.0).mT, weight.clamp_max(0.0).mT
+    low = rising @ ends[0] + falling @ ends[1] - gradient
+    high = rising @ ends[1] + falling @ ends[0] - gradient
+    return low.mT, high.mT
+
+
+def _check_samples(net: nn.Module, x: object, y: object) -> None:
+    _checks.tensor("x", x)
+    assert isinstance(net, ZubovNet)
+    assert isinstance(x, Tensor)
+    if not isinstance(y, Tensor) or y.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"y is {y!r:.60}, expected an integer tensor of labels")
+    if y.dim() != 1 or x.dim() < 2 or len(y) != len(x):
+        raise ValueError(
+            f"y has shape {tuple(y.shape)}, x {tuple(x.shape)}, expected (B,) and (B, ...): one label for each sample"
+        )
+    if not bool(x.isfinite().all()):
+        raise ValueError("x is not finite, expected finite samples")
+    k = net.lyapunov.num_classes
+    if len(y) and not (int(y.min()) >= 0 and int(y.max()) < k):
+        raise ValueError(f"y lies in [{int(y.min())}, {int(y.max())}], expected labels from 0 to {k - 1}")

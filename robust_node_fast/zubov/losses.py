@@ -1,0 +1,205 @@
+"""The three losses of Zubov-Net: consistency with Zubov's equation, classification, separation of the regions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from robust_node_fast import _checks
+from robust_node_fast.zubov.boundary import boundary_offsets
+from robust_node_fast.zubov.lyapunov import Coefficients, ConvexLyapunov
+
+__all__ = ["zubov_losses", "zubov_residual"]
+
+VectorField = Callable[[Tensor], Tensor]
+
+
+def zubov_residual(value: Tensor, derivative: Tensor, *, rate: float) -> Tensor:
+    """``dV/dt + rate V (1 - V)``, zero where Zubov's equation ``grad V . f = -psi (1 - V)`` holds for ``psi = rate V``.
+
+    Its solution along a trajectory is ``V(t) = 1 / (1 + (1 / V(0) - 1) exp(rate t))``: what starts below 1 decays, what
+    starts at 1 stays, and the time to shrink from ``v`` to ``w`` is ``(logit(v) - logit(w)) / rate``.
+    """
+    return derivative + rate * value * (1.0 - value)
+
+
+def zubov_losses(
+    lyapunov: ConvexLyapunov,
+    vector_field: VectorField,
+    trajectory: Tensor,
+    labels: Tensor,
+    *,
+    consistency: float = 1.0,
+    classification: float = 1.0,
+    separation: float = 1.0,
+    rate: float = 4.0,
+    temperature: float = 1.0,
+    margin: float = 0.1,
+    n_rays: int = 16,
+    generator: torch.Generator | None = None,
+) -> dict[str, Tensor]:
+    """Consistency, classification and separation, each times its weight: the sum of the values is the objective.
+
+    - ``consistency``: mean squares of ``zubov_residual`` of the own class's V, averaged over three kinds of points:
+      those of the trajectory, points at a uniform share of the way to the boundary, and the boundary ``V = 1``; plus
+      the mean of ``|f(x*)|^2``, as the equation says nothing at ``x*``, where its terms vanish whatever f is.
+    - ``classification``: cross-entropy of the logits ``-V_k(x(T)) / temperature``.
+    - ``separation``: mean of ``relu(1 + margin - V_j(x_b))`` over ordered pairs ``i != j`` and points ``x_b`` of the
+      boundary of region i. A region within another one is only seen from one side: hence both orders.
+
+    Args:
+        lyapunov: K functions; at least two unless ``classification`` and ``separation`` are 0.
+        vector_field: ``(N, M, dim) -> (N, M, dim)``: row n by the right-hand side of time step n. Points on rays are
+            divided evenly among the steps.
+        trajectory: ``(N + 1, B, dim)``, x(0) first.
+        labels: ``(B,)`` int64. Classes may be missing from the batch: their regions take part all the same.
+        consistency, classification, separation: weights >= 0; what has weight 0 is not computed, and is 0.
+        rate: c of ``psi = c V``, per unit of time.
+        temperature, margin: as above; > 0 and >= 0.
+        n_rays: rays of each class, rounded up to a multiple of N.
+        generator: of rays and shares.
+
+    Returns:
+        Three scalars. Differentiable once: exact gradients of these numbers, boundary points move with the parameters.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and what was expected; states or right-hand sides are not
+            finite; all states of a batch of several classes have the same V (collapsed); V does not reach 1.
+
+    Source: arXiv 2509.21879 for the three losses; their equations are our reading.
+    """
+    for name, weight in (("consistency", consistency), ("classification", classification), ("separation", separation)):
+        _checks.number(name, weight)
+        if weight < 0:
+            raise ValueError(f"{name}={weight!r} is negative, expected a weight >= 0")
+    for name, number, least in (("rate", rate, 0.0), ("temperature", temperature, 0.0), ("margin", margin, None)):
+        _checks.number(name, number)
+        if number < 0 or number == least:
+            raise ValueError(f"{name}={number!r} is too small, expected a float {'>=' if least is None else '>'} 0")
+    _checks.count("n_rays", n_rays)
+    trajectory = _check_batch(lyapunov, trajectory, labels)
+    if lyapunov.num_classes < 2 and (classification or separation):
+        raise ValueError("lyapunov has one class, expected two or more, or classification=0 and separation=0")
+    with torch.autocast(trajectory.device.type, enabled=False):
+        coefficients = lyapunov.coefficients()
+        losses = dict.fromkeys(("consistency", "classification", "separation"), trajectory.new_zeros(()))
+        if consistency or separation:
+            steps = trajectory.shape[0] - 1
+            n_rays = -(-n_rays // steps) * steps
+            boundary = boundary_offsets(lyapunov, coefficients, n_rays, 1.0, generator)
+        if consistency:
+            found = _consistency(
+                lyapunov, coefficients, vector_field, trajectory[:-1], labels, boundary, rate, generator
+            )
+            losses["consistency"] = consistency * found
+        if classification:
+            value = lyapunov.values(coefficients, lyapunov.offsets(trajectory[-1])).T
+            _check_collapse(value, labels)
+            entropy = F.cross_entropy(-value / temperature, labels, reduction="sum") / max(1, len(labels))
+            losses["classification"] = classification * entropy
+        if separation:
+            losses["separation"] = separation * _separation(lyapunov, coefficients, boundary, margin)
+    return losses
+
+
+def _consistency(
+    lyapunov: ConvexLyapunov,
+    coefficients: Coefficients,
+    vector_field: VectorField,
+    states: Tensor,
+    labels: Tensor,
+    boundary: Tensor,
+    rate: float,
+    generator: torch.Generator | None,
+) -> Tensor:
+    steps, batch, dim = states.shape
+    k, n_rays = boundary.shape[:2]
+    share = torch.rand((k, n_rays, 1), dtype=boundary.dtype, device=boundary.device, generator=generator)
+    rays = torch.cat([share * boundary, boundary], 1)  # the first half lies inside
+
+    # One call of the vector field for everything: row n of `points` holds what belongs to time step n.
+    on_rays = torch.unflatten(lyapunov.equilibria[:, None] + rays, 1, (2 * n_rays // steps, steps))
+    on_rays = on_rays.permute(2, 0, 1, 3).flatten(1, 2)
+    points = torch.cat([states, on_rays, lyapunov.equilibria.expand(steps, -1, -1)], 1)
+    field = vector_field(points)
+    _check_field(field, points)
+    along, across, residue = torch.split(field, [batch, k * (2 * n_rays // steps), k], 1)
+    across = torch.unflatten(across, 1, (k, -1)).permute(1, 2, 0, 3).flatten(1, 2)
+
+    # Only the own class's V is asked for: samples are sorted into rows by class, the rest of a row stays empty.
+    row = _place_in_class(labels, k)
+    longest = int(row.max()) + 1 if batch else 0
+
+    def by_class(x: Tensor) -> Tensor:
+        empty = x.new_zeros(k, longest, steps, dim)
+        return empty.index_put((labels, row), x.transpose(0, 1)).flatten(1, 2)
+
+    offset = torch.cat([by_class(states - lyapunov.equilibria[labels]), rays], 1)
+    tangent = torch.cat([by_class(along), across], 1)
+    value, derivative = lyapunov.values_and_derivatives(coefficients, offset, tangent)
+    square = zubov_residual(value, derivative, rate=rate).square()
+    visited, inside, edge = torch.split(square, [longest * steps, n_rays, n_rays], 1)
+    own = visited.view(k, longest, steps)[labels, row]
+    means = own.sum() / max(1, own.numel()) + inside.mean() + edge.mean()
+    return means / 3.0 + residue.square().sum(-1).mean()
+
+
+def _separation(lyapunov: ConvexLyapunov, coefficients: Coefficients, boundary: Tensor, margin: float) -> Tensor:
+    k, n_rays = boundary.shape[:2]
+    points = (lyapunov.equilibria[:, None] + boundary).flatten(0, 1)
+    value = lyapunov.values(coefficients, lyapunov.offsets(points)).view(k, k, n_rays)
+    others = ~torch.eye(k, dtype=torch.bool, device=value.device)
+    return (1.0 + margin - value[others]).relu().mean()
+
+
+def _place_in_class(labels: Tensor, k: int) -> Tensor:
+    """How many samples before it have the same label, for each sample."""
+    seen = F.one_hot(labels, k).cumsum(0)
+    return seen.gather(1, labels[:, None]).squeeze(1) - 1
+
+
+def _check_batch(lyapunov: object, trajectory: object, labels: object) -> Tensor:
+    if not isinstance(lyapunov, ConvexLyapunov):
+        raise TypeError(f"lyapunov is a {type(lyapunov).__name__}, expected a ConvexLyapunov")
+    _checks.tensor("trajectory", trajectory)
+    assert isinstance(trajectory, Tensor)
+    states = lyapunov.checked("trajectory", trajectory, (None, None, lyapunov.dim), "(N + 1, B, dim)")
+    if len(states) < 2:
+        raise ValueError(f"trajectory has shape {tuple(states.shape)}, expected (N + 1, B, dim) with one step or more")
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
+        raise TypeError(f"labels is {labels!r:.60}, expected an int64 tensor")
+    if labels.shape != states.shape[1:2]:
+        raise ValueError(f"labels has shape {tuple(labels.shape)}, expected {tuple(states.shape[1:2])} as trajectory")
+    if len(labels) and not (int(labels.min()) >= 0 and int(labels.max()) < lyapunov.num_classes):
+        raise ValueError(
+            f"labels lies in [{int(labels.min())}, {int(labels.max())}], expected 0 to {lyapunov.num_classes - 1}"
+        )
+    if not bool(states.isfinite().all()):
+        raise ValueError("trajectory is not finite, expected finite states")
+    return states
+
+
+def _check_field(field: object, points: Tensor) -> None:
+    if not isinstance(field, Tensor):
+        raise TypeError(f"vector_field returned a {type(field).__name__}, expected a torch.Tensor")
+    if field.shape != points.shape or field.dtype != points.dtype:
+        raise ValueError(
+            f"vector_field returned shape {tuple(field.shape)} and {field.dtype} for states of shape "
+            f"{tuple(points.shape)} and {points.dtype}, expected the same"
+        )
+    if not bool(field.isfinite().all()):
+        raise ValueError("vector_field returned numbers that are not finite, expected a finite right-hand side")
+
+
+def _check_collapse(value: Tensor, labels: Tensor) -> None:
+    if len(labels) < 2 or bool((labels == labels[0]).all()):
+        return
+    spread = value.amax(0) - value.amin(0)
+    if bool((spread <= 8.0 * torch.finfo(value.dtype).eps * value.amax(0)).all()):
+        raise ValueError(
+            "V is the same for all states of the batch, whose labels differ: backbone, flow or Lyapunov functions have "
+            "collapsed to a constant"
+        )

@@ -1,0 +1,880 @@
+"""Contract of rnf.zubov: convex, positive, zero at the equilibrium; derivatives, boundary and losses against loops."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import importlib.util
+import math
+from pathlib import Path
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import assert_close
+from hypothesis import given, settings
+from torch import Tensor, nn
+from torch.autograd import gradcheck
+from torch.func import functional_call
+
+import robust_node_fast as rnf
+from robust_node_fast import zubov
+from robust_node_fast.zubov import softplus
+
+ROOT = Path(__file__).resolve().parent.parent
+BOTH = pytest.mark.parametrize("partial", [False, True], ids=["convex", "partial"])
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+
+
+def functions(dim: int = 3, k: int = 4, **options: Any) -> zubov.ConvexLyapunov:
+    options = {"width": 7, "dtype": torch.float64, **options}
+    return zubov.ConvexLyapunov(dim, k, **options)
+
+
+def in_double(lyapunov: zubov.ConvexLyapunov) -> zubov.ConvexLyapunov:
+    return copy.deepcopy(lyapunov).double()
+
+
+def scaled(lyapunov: zubov.ConvexLyapunov, gain: float) -> zubov.ConvexLyapunov:
+    """All parameters times ``gain``: from nearly quadratic to sharp kinks and one-hot attention."""
+    with torch.no_grad():
+        for parameter in lyapunov.parameters():
+            parameter.mul_(gain)
+    return lyapunov
+
+
+def exact_system(dtype: torch.dtype = torch.float64) -> zubov.ConvexLyapunov:
+    """``V = |x|^2`` (once for each of two classes), which solves Zubov's equation for ``dx/dt = -x (1 - |x|^2)``."""
+    lyapunov = zubov.ConvexLyapunov(2, 2, width=3, eps=1.0, equilibria=torch.zeros(2, 2), dtype=dtype)
+    nn.init.zeros_(lyapunov.input_weight)
+    return lyapunov
+
+
+def exact_field(x: Tensor) -> Tensor:
+    return -x * (1.0 - x.square().sum(-1, keepdim=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The functions
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    dim=st.integers(1, 6),
+    k=st.integers(1, 4),
+    width=st.integers(1, 9),
+    depth=st.integers(1, 4),
+    partial=st.booleans(),
+    gain=st.sampled_from((0.1, 1.0, 4.0)),
+    spread=st.sampled_from((1e-2, 1.0, 30.0)),
+)
+@settings(max_examples=60)
+def test_convex_along_segments_positive_and_zero_at_the_equilibrium(
+    seed: int, dim: int, k: int, width: int, depth: int, partial: bool, gain: float, spread: float
+) -> None:
+    torch.manual_seed(seed)
+    lyapunov = scaled(functions(dim, k, width=width, depth=depth, partial=partial), gain)
+    a, b = spread * torch.randn(2, 16, dim, dtype=torch.float64)
+    share = torch.rand(16, 1, dtype=torch.float64)
+    with torch.no_grad():
+        chord = share * lyapunov(a) + (1 - share) * lyapunov(b)
+        gap = chord - lyapunov(share * a + (1 - share) * b)
+        assert (gap >= -1e-12 * (1 + chord)).all()
+        assert torch.equal(lyapunov(lyapunov.equilibria).diagonal(), torch.zeros(k, dtype=torch.float64))
+        lower_bound = lyapunov.eps * lyapunov.offsets(a).square().sum(-1).T
+        assert (lyapunov(a) >= lower_bound).all()
+        assert (lower_bound > 0).all()
+
+
+@BOTH
+def test_attention_that_depends_on_the_state_would_not_be_convex(partial: bool) -> None:
+    """That the test above can fail: the same network with the state in the place of the context."""
+    torch.manual_seed(0)
+    lyapunov = scaled(functions(2, 1, partial=True), 3.0)
+    if not partial:  # then let the state move the queries only
+        for shift in lyapunov.context_anchor:
+            nn.init.zeros_(shift.weight)
+
+    def value(x: Tensor) -> Tensor:
+        state = {**dict(lyapunov.named_parameters()), "equilibria": x[None]}
+        g = torch.func.functional_call(lyapunov, state, (x[None] + 1.0,))
+        return g.squeeze()
+
+    points = torch.randn(400, 2, 2, dtype=torch.float64) * 2
+    with torch.no_grad():
+        values = torch.stack([torch.stack([value(a), value((a + b) / 2), value(b)]) for a, b in points])
+    assert (values[:, 0] + values[:, 2] - 2 * values[:, 1]).min() < -1e-2
+
+
+@BOTH
+@pytest.mark.parametrize("gain", [0.5, 1.0, 3.0])
+@pytest.mark.parametrize("spread", [1e-8, 1e-6, 1e-3, 1.0, 1e3, 1e8])
+def test_float32_is_never_negative_and_close_to_float64(partial: bool, gain: float, spread: float) -> None:
+    lyapunov = scaled(functions(width=16, partial=partial, dtype=torch.float32), gain)
+    offset = spread * torch.randn(4, 50, 3)
+    value = lyapunov.values(lyapunov.coefficients(), offset)
+    double = in_double(lyapunov)
+    exact = double.values(double.coefficients(), offset.double())
+    assert (value > 0).all()
+    steepest = double.coefficients().gradient.abs().sum(1) + lyapunov.log_scale.double().exp()[:, None]
+    size = lyapunov.input_weight.detach().double().norm(dim=2).amax() * offset.double().norm(dim=-1)
+    assert ((value - exact).abs() <= 3e-6 * (size * (1 + steepest) + exact)).all()
+
+
+@DTYPES
+def test_softplus_increment(dtype: torch.dtype) -> None:
+    """Of a size from the smallest numbers to where exp overflows, and with its derivatives in three ways."""
+    size = torch.logspace(-30, 4, 60, dtype=torch.float64)
+    delta = torch.cat([-size.flip(0), torch.zeros(1).double(), size, torch.linspace(-40, 40, 401).double()])
+    delta = delta.to(dtype).expand(1, 5, -1)
+    anchor = torch.tensor([-30.0, -2.0, 0.0, 3.0, 30.0], dtype=dtype).view(1, 5, 1)
+    found = softplus.softplus_increment(delta, anchor)
+    # log1p(sigmoid(a) expm1(d)) or its mirror image, where nothing cancels, in float64
+    d, a = delta.double().clamp(-1, 1), anchor.double()
+    near = torch.log1p(torch.sigmoid(a) * torch.expm1(d))
+    far = F.softplus(a + delta.double(), threshold=40.0) - F.softplus(a, threshold=40.0)
+    exact = torch.where(delta.double().abs() <= 1, near, far)
+    eps = torch.finfo(dtype).eps
+    assert (found[delta == 0] == 0).all()
+    size = delta.abs() + torch.where(delta.abs() > 0.5, anchor.abs(), 0.0)
+    assert ((found - exact).abs() <= 4 * eps * size).all()
+    where = torch.maximum(delta.abs(), anchor.abs() + 0 * delta) < 300
+    inner, tangent = torch.where(where, delta, 0.0), torch.randn_like(delta)
+    value, rate = softplus.softplus_increment_and_tangent(torch.cat([inner, tangent], -1), anchor).chunk(2, -1)
+    assert torch.equal(value, softplus.softplus_increment(inner, anchor))
+    _, jvp = torch.func.jvp(lambda t: softplus.softplus_increment(t, anchor), (inner,), (tangent,))
+    assert_close(rate, jvp, 20 * eps)
+
+
+def test_gradients_of_the_softplus_increment() -> None:
+    both, anchor = 3 * torch.randn(2, 3, 10, dtype=torch.float64), torch.randn(2, 3, 1, dtype=torch.float64)
+    both[0, 0, 0] = 0.0
+    leaves = [t.requires_grad_() for t in (both, anchor)]
+    assert gradcheck(softplus.softplus_increment, leaves)
+    assert torch.autograd.gradgradcheck(softplus.softplus_increment, leaves)
+    assert gradcheck(softplus.softplus_increment_and_tangent, leaves)
+
+
+def with_gradients(function: Any, model: zubov.ConvexLyapunov, *inputs: Tensor) -> tuple[Tensor, ...]:
+    """Both results, and the gradients of a loss that depends on both."""
+    value, derivative = function(model, *inputs)
+    first, second = torch.linspace(-1, 1, 2 * value.numel(), dtype=value.dtype).view(2, *value.shape)
+    loss = (first * value).sum() + (second * derivative.square()).sum()
+    return value, derivative, *torch.autograd.grad(loss, [*inputs, *model.parameters()], materialize_grads=True)
+
+
+@BOTH
+@DTYPES
+def test_value_and_derivative_against_a_loop_over_classes(partial: bool, dtype: torch.dtype) -> None:
+    for depth in (1, 2, 3):
+        lyapunov = functions(partial=partial, depth=depth, dtype=dtype)
+        double = in_double(lyapunov)
+        x, dx = (torch.randn(6, 3, dtype=dtype).requires_grad_() for _ in range(2))
+
+        found = with_gradients(zubov.value_and_derivative, lyapunov, x, dx)
+        wide = [t.detach().double().requires_grad_() for t in (x, dx)]
+        exact = with_gradients(zubov.reference.value_and_derivative, double, *wide)
+        jvp = with_gradients(lambda v, *xs: torch.func.jvp(v, xs[:1], xs[1:]), lyapunov, x, dx)
+        for ours, theirs, true in zip(found, jvp, exact, strict=True):
+            assert_close(ours.detach().double(), true.detach(), 1e-10 if dtype == torch.float64 else 2e-5)
+            assert_close(theirs.detach().double(), true.detach(), 1e-10 if dtype == torch.float64 else 2e-5)
+        assert_close(lyapunov(x).detach(), found[0].detach(), 1e-14 if dtype == torch.float64 else 1e-6)
+        points = torch.randn(4, 5, 3, dtype=dtype)
+        own = torch.stack([lyapunov(points[k])[:, k] for k in range(4)])
+        assert_close(lyapunov.per_class(points).detach(), own.detach(), 1e-6)
+
+
+@BOTH
+def test_second_derivatives(partial: bool) -> None:
+    lyapunov = functions(2, 2, width=3, partial=partial, depth=2)
+    x = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lyapunov, x)
+
+
+@BOTH
+def test_transforms_state_dict_and_compile(partial: bool) -> None:
+    lyapunov = functions(partial=partial, dtype=torch.float32)
+    x = torch.randn(5, 6, 3)
+    assert_close(torch.vmap(lyapunov)(x).detach(), torch.stack([lyapunov(part) for part in x]).detach(), 1e-6)
+    leaf = x[0].clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(lyapunov(leaf)[:, 1].sum(), leaf)
+    assert_close(torch.vmap(torch.func.grad(lambda s: lyapunov(s[None])[0, 1]))(x[0]), gradient, 1e-5)
+    other = functions(partial=partial, dtype=torch.float32)
+    other.load_state_dict(lyapunov.state_dict())
+    assert torch.equal(other(x[0]), lyapunov(x[0]))
+    assert torch.equal(copy.deepcopy(lyapunov)(x[0]), lyapunov(x[0]))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(lyapunov(x[0]), other(x[0]))
+        assert lyapunov(x[0].bfloat16()).dtype == torch.float32
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda s, ds: zubov.value_and_derivative(lyapunov, s, ds), fullgraph=True, backend="aot_eager"
+    )
+    for found, expected in zip(compiled(x[0], x[1]), zubov.value_and_derivative(lyapunov, x[0], x[1]), strict=True):
+        assert_close(found.detach(), expected.detach(), 1e-5)
+    compiled(x[0], x[1])[1].square().sum().backward()
+    ours = lyapunov.input_weight.grad
+    lyapunov.zero_grad()
+    zubov.value_and_derivative(lyapunov, x[0], x[1])[1].square().sum().backward()
+    assert ours is not None
+    assert lyapunov.input_weight.grad is not None
+    assert_close(ours, lyapunov.input_weight.grad, 1e-5)
+
+
+def test_fixed_and_learned_equilibria() -> None:
+    fixed = torch.randn(4, 3)
+    lyapunov = functions(equilibria=fixed)
+    assert "equilibria" in lyapunov.state_dict()
+    assert "equilibria" not in dict(lyapunov.named_parameters())
+    assert_close(lyapunov.equilibria, fixed.double(), 0.0)
+    learned = functions()
+    learned(torch.randn(5, 3, dtype=torch.float64)).sum().backward()
+    assert learned.equilibria.grad is not None
+    assert (learned.equilibria.grad != 0).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The boundary
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    depth=st.integers(1, 3),
+    partial=st.booleans(),
+    gain=st.sampled_from((0.3, 1.0, 5.0)),
+    scale=st.sampled_from((1e-4, 1.0, 1e4)),
+    level=st.sampled_from((0.01, 1.0, 50.0)),
+    double=st.booleans(),
+)
+@settings(max_examples=60)
+def test_boundary_is_met_to_tolerance(
+    seed: int, depth: int, partial: bool, gain: float, scale: float, level: float, double: bool
+) -> None:
+    torch.manual_seed(seed)
+    dtype = torch.float64 if double else torch.float32
+    lyapunov = scaled(functions(depth=depth, partial=partial, eps=1e-3, dtype=dtype), gain)
+    with torch.no_grad():
+        lyapunov.input_weight.mul_(scale)  # regions of a size from 1e-4 to 1e2
+        points = zubov.sample_boundary(lyapunov, 20, level=level)
+    assert points.shape == (4, 20, 3)
+    wide = in_double(lyapunov)
+    exact = points.double()
+    offset = exact - wide.equilibria[:, None]
+    value = wide.per_class(exact)
+    # What rounding the point to its precision does to V, and rounding in V itself, a difference of two linear terms.
+    coefficients = wide.coefficients()
+    linear = (offset.abs() @ coefficients.gradient.abs()).squeeze(-1) + value
+    leaf = exact.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(wide.per_class(leaf).sum(), leaf)
+    ulp = torch.finfo(dtype).eps * (exact.abs() + wide.equilibria.detach()[:, None].abs() + offset.abs())
+    unavoidable = (gradient.abs() * ulp).sum(-1) + 8 * torch.finfo(dtype).eps * linear
+    assert ((value - level).abs() <= (1e-12 if double else 1e-6) * level + unavoidable).all()
+
+
+@DTYPES
+@BOTH
+def test_boundary_of_ordinary_functions_within_the_stated_tolerance(partial: bool, dtype: torch.dtype) -> None:
+    lyapunov = zubov.ConvexLyapunov(8, 10, partial=partial, dtype=dtype)
+    points = zubov.sample_boundary(lyapunov, 50)
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-12
+    assert (in_double(lyapunov).per_class(points.double()) - 1).abs().max() <= tolerance
+    assert (lyapunov.per_class(points) - 1).abs().max() <= 2 * tolerance  # V's own rounding is in this one
+
+
+def test_boundary_against_a_loop_over_rays() -> None:
+    lyapunov = functions(k=3, partial=True)
+    found, expected = (
+        module.sample_boundary(lyapunov, 4, level=0.7, generator=torch.Generator().manual_seed(3))
+        for module in (zubov, zubov.reference)
+    )
+    assert_close(found.detach(), expected.detach(), 1e-11)
+    weights = torch.randn_like(found)
+    for ours, theirs in zip(
+        torch.autograd.grad((weights * found).sum(), list(lyapunov.parameters())),
+        torch.autograd.grad((weights * expected).sum(), list(lyapunov.parameters())),
+        strict=True,
+    ):
+        assert_close(ours, theirs, 1e-9)
+
+
+@BOTH
+def test_gradient_of_the_boundary_is_that_of_the_points_found(partial: bool) -> None:
+    lyapunov = functions(2, 2, width=3, depth=2, partial=partial)
+    names, values = zip(*lyapunov.named_parameters(), strict=True)
+    assert "equilibria" in names
+
+    class Boundary(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = lyapunov
+
+        def forward(self) -> Tensor:
+            return zubov.sample_boundary(self.inner, 3, generator=torch.Generator().manual_seed(0))
+
+    module = Boundary()
+
+    def points(*parameters: Tensor) -> Tensor:
+        named = {f"inner.{name}": value for name, value in zip(names, parameters, strict=True)}
+        return functional_call(module, named, ())
+
+    assert gradcheck(points, [value.detach().clone().requires_grad_() for value in values], atol=1e-5)
+
+
+def test_rays_are_uniform_and_the_generator_decides() -> None:
+    lyapunov = exact_system()
+    points = zubov.sample_boundary(lyapunov, 4000, level=4.0)
+    assert_close(points.norm(dim=-1), torch.full((2, 4000), 2.0).double(), 1e-12)
+    assert points.mean(1).abs().max() < 0.2
+    same = [zubov.sample_boundary(lyapunov, 5, generator=torch.Generator().manual_seed(1)) for _ in range(2)]
+    assert torch.equal(*same)
+
+
+def test_level_that_is_never_reached_is_reported() -> None:
+    lyapunov = functions(eps=1e-30)
+    nn.init.zeros_(lyapunov.input_weight[1])
+    with pytest.raises(ValueError, match=r"V stays below level=1.0 .* 5 of 20 rays \(classes 1\)"):
+        zubov.sample_boundary(lyapunov, 5)
+    nn.init.constant_(lyapunov.input_weight[1], torch.nan)
+    with pytest.raises(ValueError, match=r"V is not finite along 5 of 20 rays \(classes 1\)"):
+        zubov.sample_boundary(lyapunov, 5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The losses
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def batch(dim: int = 3, k: int = 4, steps: int = 2, size: int = 5) -> tuple[Tensor, Tensor]:
+    return torch.randn(steps + 1, size, dim, dtype=torch.float64), torch.randint(k, (size,))
+
+
+def losses(lyapunov: zubov.ConvexLyapunov, *args: Any, **options: Any) -> dict[str, Tensor]:
+    return zubov.zubov_losses(lyapunov, *args, generator=torch.Generator().manual_seed(0), **options)
+
+
+def test_the_exact_system_satisfies_the_equation() -> None:
+    lyapunov = exact_system()
+    x = 1.5 * torch.randn(200, 2, dtype=torch.float64)
+    value, derivative = zubov.value_and_derivative(lyapunov, x, exact_field(x))
+    assert zubov.zubov_residual(value, derivative, rate=2.0).abs().max() <= 1e-12 * (1 + value.max() ** 2)
+    assert zubov.zubov_residual(value, derivative, rate=2.2).abs().max() > 1e-2
+    trajectory = torch.randn(4, 6, 2, dtype=torch.float64)
+    labels = torch.randint(2, (6,))
+    found = losses(lyapunov, exact_field, trajectory, labels, rate=2.0, classification=0.0, separation=0.0)
+    assert found["consistency"] <= 1e-20 * (1 + trajectory.square().sum(-1).max() ** 4)
+    wrong = losses(lyapunov, lambda x: 1.1 * exact_field(x), trajectory, labels, rate=2.0)
+    assert wrong["consistency"] > 1e-3
+
+
+def test_closed_form_of_the_decay() -> None:
+    """``V(t) = 1 / (1 + (1 / V(0) - 1) exp(c t))`` for psi = c V, by Runge-Kutta on the exact system, c = 2."""
+    x, h, n = torch.tensor([[0.3, 0.1], [0.6, -0.7], [0.0, 0.99]], dtype=torch.float64), 1e-2, 300
+    start = exact_system()(x)[:, 0]
+    for _ in range(n):
+        k1 = exact_field(x)
+        k2 = exact_field(x + h / 2 * k1)
+        k3 = exact_field(x + h / 2 * k2)
+        x = x + h / 6 * (k1 + 2 * k2 + 2 * k3 + exact_field(x + h * k3))
+    expected = 1 / (1 + (1 / start - 1) * math.exp(2.0 * n * h))
+    assert_close(exact_system()(x)[:, 0].detach(), expected.detach(), 1e-8)
+
+
+@BOTH
+def test_losses_against_the_formulas(partial: bool) -> None:
+    """Every term once more, with a loop over classes and samples and the reference's functions."""
+    lyapunov = functions(partial=partial)
+    steps, rays = 3, 5
+    net = zubov.DenseFlow(3, steps, 0.2, width=4, dtype=torch.float64)
+    start, labels = torch.randn(5, 3, dtype=torch.float64), torch.tensor([1, 1, 3, 1, 0])  # none of class 2
+    trajectory = net(start, return_trajectory=True)
+    options = {"rate": 1.7, "temperature": 0.3, "margin": 0.2, "n_rays": rays}
+    found = losses(lyapunov, net.fields, trajectory, labels, **options)
+
+    generator = torch.Generator().manual_seed(0)
+    boundary = zubov.reference.sample_boundary(lyapunov, 6, generator=generator)  # 5 rounded up to steps
+    share = torch.rand((4, 6, 1), dtype=torch.float64, generator=generator)
+    centre = lyapunov.equilibria[:, None]
+    inside = centre + share * (boundary - centre)
+
+    def residual(k: int, x: Tensor, n: int) -> Tensor:
+        field = net.vector_field(n * 0.2, x[None])
+        value, derivative = zubov.reference.value_and_derivative(lyapunov, x[None], field)
+        return derivative[0, k] + 1.7 * value[0, k] * (1 - value[0, k])
+
+    visited = [residual(int(y), trajectory[n, i], n) for i, y in enumerate(labels) for n in range(steps)]
+    kinds = [[residual(k, part[k, r], r % steps) for k in range(4) for r in range(6)] for part in (inside, boundary)]
+    expected = sum(torch.stack(kind).square().mean() for kind in (visited, *kinds)) / 3
+    at_rest = torch.stack([net.vector_field(n * 0.2, lyapunov.equilibria) for n in range(steps)])
+    expected = expected + at_rest.square().sum(-1).mean()
+    assert_close(found["consistency"].detach(), expected.detach(), 1e-9)
+    logits = -zubov.reference.value(lyapunov, trajectory[-1]) / 0.3
+    assert_close(found["classification"].detach(), F.cross_entropy(logits, labels).detach(), 1e-9)
+    others = [
+        (1.2 - zubov.reference.class_value(lyapunov, j, boundary[i])).relu()
+        for i in range(4)
+        for j in range(4)
+        if i != j
+    ]
+    assert_close(found["separation"].detach(), torch.stack(others).mean().detach(), 1e-9)
+    weighted = losses(lyapunov, net.fields, trajectory, labels, consistency=2.0, separation=0.5, **options)
+    assert_close(weighted["consistency"], 2 * found["consistency"], 1e-14)
+    assert_close(weighted["separation"], 0.5 * found["separation"], 1e-14)
+
+
+@BOTH
+@pytest.mark.parametrize("name", ["consistency", "classification", "separation"])
+def test_gradcheck_of_each_loss(name: str, partial: bool) -> None:
+    """In all parameters, the states and what the vector field closes over; boundary points move with them."""
+    lyapunov = functions(2, 3, width=3, depth=2, partial=partial)
+    names, values = zip(*lyapunov.named_parameters(), strict=True)
+    weights = {key: float(key == name) for key in ("consistency", "classification", "separation")}
+    labels = torch.tensor([0, 2, 2])
+
+    class Loss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = lyapunov
+
+        def forward(self, trajectory: Tensor, matrix: Tensor) -> Tensor:
+            def field(x: Tensor) -> Tensor:
+                return torch.tanh(x @ matrix)
+
+            return losses(self.inner, field, trajectory, labels, n_rays=2, margin=3.0, **weights)[name]
+
+    module = Loss()
+
+    def loss(trajectory: Tensor, matrix: Tensor, *parameters: Tensor) -> Tensor:
+        named = {f"inner.{key}": value for key, value in zip(names, parameters, strict=True)}
+        return functional_call(module, named, (trajectory, matrix))
+
+    inputs = [torch.randn(3, 3, 2).double(), torch.randn(2, 2).double(), *[value.detach().clone() for value in values]]
+    assert gradcheck(loss, [t.requires_grad_() for t in inputs], atol=1e-5)
+
+
+def test_what_has_weight_zero_is_not_computed() -> None:
+    lyapunov = functions(eps=1e-30)
+    nn.init.zeros_(lyapunov.input_weight)  # a boundary would be an error
+    trajectory, labels = batch()
+
+    def field(x: Tensor) -> Tensor:
+        raise AssertionError("computed")
+
+    found = losses(lyapunov, field, trajectory, labels, consistency=0.0, separation=0.0)
+    assert found["consistency"] == found["separation"] == 0.0
+    assert found["classification"] > 0
+    with pytest.raises(ValueError, match="V stays below level"):
+        losses(lyapunov, field, trajectory, labels, consistency=0.0)
+
+
+def test_separation_sees_a_nested_region_from_one_side_only() -> None:
+    """Both orders count: points of the inner boundary lie within the outer region, but not the other way round."""
+    nested = functions(2, 2, equilibria=torch.zeros(2, 2), width=16)
+    with torch.no_grad():
+        nested.input_weight[1].copy_(4.0 * nested.input_weight[0])
+        for parameter in (nested.anchor, nested.query, nested.key, nested.readout_query):
+            parameter[1].copy_(parameter[0])
+    for order in ([0, 1], [1, 0]):
+        state = {key: value[order] for key, value in nested.state_dict().items()}
+        swapped = functions(2, 2, equilibria=torch.zeros(2, 2), width=16)
+        swapped.load_state_dict(state)
+        boundary = zubov.sample_boundary(swapped, 50)
+        inner = order.index(1)
+        assert (swapped(boundary[inner])[:, 1 - inner] < 1).all()
+        assert (swapped(boundary[1 - inner])[:, inner] > 1).all()
+        trajectory, labels = batch(2, 2)
+        options = {"consistency": 0.0, "classification": 0.0, "margin": 0.0, "n_rays": 50}
+        found = losses(swapped, torch.tanh, trajectory, labels, **options)["separation"]
+        boundary = zubov.sample_boundary(swapped, 50, generator=torch.Generator().manual_seed(0))
+        seen = (1.0 - swapped(boundary[inner])[:, 1 - inner]).mean()
+        assert seen > 0.1
+        assert_close(found.detach(), 0.5 * seen.detach(), 1e-12)  # the other half of the mean is zero
+
+
+def test_missing_classes_and_empty_batches_are_finite() -> None:
+    lyapunov = functions()
+    for size in (5, 1, 0):
+        trajectory, _ = batch(size=size)
+        labels = torch.full((size,), 2)
+        found = losses(lyapunov, torch.tanh, trajectory, labels)
+        total = sum(found.values())
+        gradients = torch.autograd.grad(total, list(lyapunov.parameters()), allow_unused=True)
+        assert torch.isfinite(total)
+        assert all(g is None or g.isfinite().all() for g in gradients)
+
+
+def test_bad_input_of_the_losses() -> None:
+    lyapunov = functions()
+    trajectory, labels = batch()
+
+    def call(**changed: Any) -> dict[str, Tensor]:
+        arguments = {"lyapunov": lyapunov, "vector_field": torch.tanh, "trajectory": trajectory, "labels": labels}
+        return zubov.zubov_losses(**{**arguments, **changed})
+
+    assert all(loss.isfinite() for loss in call().values())
+    poisoned = trajectory.clone()
+    poisoned[1, 2, 0] = torch.nan
+    for error, match, changed in (
+        (ValueError, "trajectory is not finite", {"trajectory": poisoned}),
+        (ValueError, r"not finite, expected a finite right-hand side", {"vector_field": lambda x: x / 0.0}),
+        (ValueError, "vector_field returned shape", {"vector_field": lambda x: x[:1]}),
+        (TypeError, "vector_field returned a int", {"vector_field": lambda x: 3}),
+        (ValueError, r"labels lies in \[0, 4\], expected 0 to 3", {"labels": torch.tensor([0, 1, 2, 3, 4])}),
+        (ValueError, r"labels has shape \(3,\)", {"labels": labels[:3]}),
+        (TypeError, "expected an int64 tensor", {"labels": labels.int()}),
+        (
+            ValueError,
+            r"trajectory has shape \(3, 5, 2\), expected \(N \+ 1, B, dim\)",
+            {"trajectory": trajectory[..., 1:]},
+        ),
+        (ValueError, "with one step or more", {"trajectory": trajectory[:1]}),
+        (TypeError, "trajectory has dtype torch.float32", {"trajectory": trajectory.float()}),
+        (ValueError, "lyapunov has one class", {"lyapunov": functions(k=1), "labels": torch.zeros(5).long()}),
+        (TypeError, "lyapunov is a Linear", {"lyapunov": nn.Linear(2, 2)}),
+        (ValueError, "separation=-1.0 is negative", {"separation": -1.0}),
+        (ValueError, "rate=0.0 is too small, expected a float > 0", {"rate": 0.0}),
+        (ValueError, "margin=-0.1 is too small, expected a float >= 0", {"margin": -0.1}),
+        (ValueError, "n_rays=0 is too small", {"n_rays": 0}),
+        (
+            ValueError,
+            "have collapsed to a constant",
+            {"trajectory": trajectory[:, :1].expand(-1, 5, -1), "labels": torch.arange(5) % 4},
+        ),
+    ):
+        with pytest.raises(error, match=match):
+            call(**changed)
+    one = functions(k=1)
+    alone = zubov.zubov_losses(one, torch.tanh, trajectory, torch.zeros(5).long(), classification=0.0, separation=0.0)
+    assert alone["consistency"] > 0
+
+
+def test_consistency_is_learned() -> None:
+    """A field is trained until the regions of given functions are those of attraction: the loss falls."""
+    torch.manual_seed(0)
+    lyapunov = functions(2, 2, equilibria=torch.tensor([[-4.0, 0.0], [4.0, 0.0]]), dtype=torch.float32)
+    flow = zubov.DenseFlow(2, 1, 0.1, width=32, shared_weights=True)
+    optimizer = torch.optim.Adam(flow.parameters(), 0.02)
+    trajectory, labels = torch.zeros(2, 0, 2), torch.zeros(0).long()
+    history = []
+    for _ in range(150):
+        loss = zubov.zubov_losses(
+            lyapunov, flow.fields, trajectory, labels, classification=0.0, separation=0.0, rate=1.0, n_rays=32
+        )["consistency"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        history.append(loss.item())
+    assert sum(history[-5:]) < 0.05 * sum(history[:5])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The network and its certificate
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def dense_net(seed: int = 0, *, shared: bool = False, gain: float = 1.0) -> zubov.ZubovNet:
+    torch.manual_seed(seed)
+    backbone = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3))
+    dynamics = zubov.DenseFlow(3, 3, 0.2, width=5, shared_weights=shared)
+    net = zubov.ZubovNet(backbone, dynamics, functions(3, 4, dtype=torch.float32), temperature=0.5)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.mul_(gain)
+    return net
+
+
+def conv_net(*, shared: bool = False) -> zubov.ZubovNet:
+    backbone = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), rnf.nn.SmoothLeakyReLU())
+    dynamics = rnf.nn.EulerConvFlow(2, 3, 0.1, shared_weights=shared)
+    return zubov.ZubovNet(backbone, dynamics, functions(2 * 16, 3, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("kind", ["dense", "conv"])
+def test_network(kind: str, shared: bool) -> None:
+    net = dense_net(shared=shared) if kind == "dense" else conv_net(shared=shared)
+    x = torch.randn(6, 5) if kind == "dense" else torch.rand(6, 1, 4, 4)
+    states = net.trajectory(x)
+    assert states.shape == (4, 6, net.lyapunov.dim)
+    assert_close(states[0].detach(), net.features(x).flatten(1).detach(), 0.0)
+    assert_close(net(x).detach(), (-net.lyapunov(states[-1]) / net.temperature).detach(), 1e-6)
+    step = states[:-1] + net.dynamics.step_size * net.vector_field(states[:-1])
+    assert_close(step.detach(), states[1:].detach(), 1e-5)
+    for n in range(3):
+        state = states[n] if kind == "dense" else states[n].view(6, 2, 4, 4)
+        field = net.dynamics.vector_field(n * net.dynamics.step_size, state).flatten(1)
+        assert_close(net.vector_field(states[:-1])[n].detach(), field.detach(), 1e-5)
+    labels = torch.arange(6) % net.lyapunov.num_classes
+    found = zubov.zubov_losses(net.lyapunov, net.vector_field, states, labels, temperature=net.temperature)
+    assert_close(found["classification"].detach(), F.cross_entropy(net(x), labels).detach(), 1e-5)
+    sum(found.values()).backward()
+    missing = [name for name, p in net.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    assert not missing
+    clone = copy.deepcopy(net)
+    clone.load_state_dict(net.state_dict())
+    assert torch.equal(clone(x), net(x))
+
+
+def worst_margin(net: zubov.ZubovNet, x: Tensor, y: Tensor, radius: Tensor, p: str) -> Tensor:
+    """Smallest ``V_j - V_y`` that projected gradients on it find, in float64."""
+    net, x = copy.deepcopy(net).double(), x.double()
+    shape = (-1, *[1] * (x.dim() - 1))
+    worst = torch.full((len(x),), torch.inf, dtype=torch.float64)
+
+    def margin(z: Tensor) -> Tensor:
+        value = net.lyapunov(net.dynamics(net.features(z)).flatten(1))
+        others = value.scatter(1, y[:, None], torch.inf)
+        return others.amin(1) - value.gather(1, y[:, None]).squeeze(1)
+
+    def projected(delta: Tensor) -> Tensor:
+        if p == "inf":
+            return delta.clamp(-radius.view(shape), radius.view(shape))
+        norm = delta.flatten(1).norm(float(p), dim=1).clamp_min(1e-300)
+        return delta * (radius / norm).clamp_max(1.0).view(shape)
+
+    for restart in range(4):
+        start = torch.randn_like(x)
+        delta = projected((start.sign() if restart % 2 else start) * radius.view(shape))
+        for _ in range(20):
+            delta.requires_grad_()
+            found = margin(x + delta)
+            worst = torch.minimum(worst, found.detach())
+            (gradient,) = torch.autograd.grad(found.sum(), delta)
+            step = (
+                gradient.sign()
+                if p == "inf"
+                else gradient / gradient.flatten(1).norm(dim=1).clamp_min(1e-300).view(shape)
+            )
+            delta = projected(delta.detach() - 0.3 * radius.view(shape) * step)
+        worst = torch.minimum(worst, margin(x + delta).detach())
+    return worst
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    gain=st.floats(0.5, 2.5),
+    p=st.sampled_from(("inf", "2", "1")),
+    shared=st.booleans(),
+    kind=st.sampled_from(("dense", "conv")),
+)
+@settings(max_examples=20)
+def test_no_attack_on_the_margin_breaks_the_certificate(
+    seed: int, gain: float, p: str, shared: bool, kind: str
+) -> None:
+    net = dense_net(seed, shared=shared, gain=gain) if kind == "dense" else conv_net(shared=shared)
+    net.eval()
+    x = torch.randn(8, 5) if kind == "dense" else torch.rand(8, 1, 4, 4)
+    y = net(x).argmax(1)
+    radius = zubov.margin_radius(net, x, y, p=p)
+    assert radius.dtype == torch.float64
+    assert (radius > 0).all()
+    assert (worst_margin(net, x, y, radius, p) > 0).all()
+    wrong = zubov.margin_radius(net, x, (y + 1) % net.lyapunov.num_classes, p=p)
+    assert (wrong == 0).all()
+
+
+def test_certificate_is_tight_where_everything_is_linear() -> None:
+    """V_j - V_y of two quadratics is linear and the network the identity: the radius is the distance to the plane."""
+    lyapunov = zubov.ConvexLyapunov(2, 2, eps=1.0, equilibria=torch.tensor([[-1.0, 0.0], [1.0, 0.0]]))
+    nn.init.zeros_(lyapunov.input_weight)
+    flow = zubov.DenseFlow(2, 1, 0.1)
+    nn.init.zeros_(flow.weight2)
+    nn.init.zeros_(flow.bias2)
+    net = zubov.ZubovNet(nn.Identity(), flow, lyapunov).eval()
+    x = torch.tensor([[-0.7, 3.0], [-0.01, -5.0]])
+    for p in ("inf", "2", "1"):
+        radius = zubov.margin_radius(net, x, torch.zeros(2).long(), p=p)
+        assert_close(radius, torch.tensor([0.7, 0.01]).double(), 1e-6)
+        assert (radius < torch.tensor([0.7, 0.01]).double()).all()
+
+
+@BOTH
+@pytest.mark.parametrize("p", ["inf", "1", "2"])
+def test_no_gradient_leaves_the_box(partial: bool, p: str) -> None:
+    lyapunov = scaled(functions(partial=partial), 2.0)
+    state, rho = torch.randn(6, 3, dtype=torch.float64), torch.logspace(-2, 1, 6, dtype=torch.float64)
+    dual = {"inf": 1.0, "1": torch.inf, "2": 2.0}[p]
+    with torch.no_grad():
+        box = zubov.certificate._gradient_box(lyapunov, lyapunov.coefficients(), lyapunov.offsets(state), rho, dual)
+        exact = zubov.certificate._gradient_box(lyapunov, lyapunov.coefficients(), lyapunov.offsets(state), 0 * rho, 1)
+
+    def gradients(x: Tensor) -> Tensor:
+        """Of ``V_k - eps |x - x*|^2``: ``(K, B, dim)``."""
+        x = x.expand(4, -1, -1).clone().requires_grad_()
+        quadratic = lyapunov.eps * (x - lyapunov.equilibria[:, None]).square().sum(-1)
+        return torch.autograd.grad((lyapunov.per_class(x) - quadratic).sum(), x)[0]
+
+    for end in exact:
+        assert_close(end, gradients(state), 1e-10)
+    for i in range(100):
+        step = torch.randn_like(state)
+        step = step.sign() if p == "inf" and i % 2 else step / step.norm(float(p), dim=1, keepdim=True)
+        found = gradients(state + rho[:, None] * step)
+        assert (box[0] - 1e-10 <= found).all()
+        assert (found <= box[1] + 1e-10).all()
+
+
+@pytest.mark.parametrize("p", ["inf", "2"])
+def test_no_attack_on_the_margin_of_sharp_functions(p: str) -> None:
+    """Kinks within the radius: bounds of the gradient at the state alone would claim too much here."""
+    claimed_too_much = False
+    for seed in range(20):
+        torch.manual_seed(seed)
+        lyapunov = functions(2, 3, width=3, depth=2, eps=1e-3)
+        with torch.no_grad():
+            lyapunov.input_weight.mul_(20.0)
+            lyapunov.anchor.sub_(8.0)
+        flow = zubov.DenseFlow(2, 1, 0.1, dtype=torch.float64)
+        nn.init.zeros_(flow.weight2)
+        nn.init.zeros_(flow.bias2)
+        net = zubov.ZubovNet(nn.Identity(), flow, lyapunov).eval()
+        x = torch.randn(16, 2, dtype=torch.float64)
+        y = net(x).argmax(1)
+        radius = zubov.margin_radius(net, x, y, p=p)
+        assert (worst_margin(net, x, y, radius, p) > 0).all()
+        with torch.no_grad():
+            slope = zubov.certificate._pair_slopes(
+                lyapunov, lyapunov.coefficients(), lyapunov.offsets(x), torch.zeros(16).double(), y, p
+            )
+            value = lyapunov(x)
+            margin = (value - value.gather(1, y[:, None])).scatter(1, y[:, None], torch.inf)
+            at_the_state = (margin / slope.scatter(1, y[:, None], 1.0)).amin(1)
+        claimed_too_much |= bool((worst_margin(net, x, y, at_the_state, p) < 0).any())
+    assert claimed_too_much
+
+
+def test_certificate_exceeds_the_specified_margin() -> None:
+    """``min_j (V_j - V_y) / (2 L L_phi)`` with L from the same box on the same ball is never larger."""
+    net = dense_net(3).eval()
+    x = torch.randn(8, 5)
+    y = net(x).argmax(1)
+    wide = copy.deepcopy(net).double()
+    constant = zubov.certificate.lipschitz_constant(wide, "inf")
+    radius = zubov.margin_radius(net, x, y)
+    with torch.no_grad():
+        state = wide.dynamics(wide.features(x.double()))
+        coefficients, offset = wide.lyapunov.coefficients(), wide.lyapunov.offsets(state)
+        rho = radius * constant
+        low, high = zubov.certificate._gradient_box(wide.lyapunov, coefficients, offset, rho, 1.0)
+        quadratic = 2 * wide.lyapunov.eps * (offset.abs() + rho[:, None])
+        slope = (torch.maximum(low.abs(), high.abs()) + quadratic).sum(-1).amax(0)
+        value = wide.lyapunov(state)
+    margin = value.scatter(1, y[:, None], torch.inf).amin(1) - value.gather(1, y[:, None]).squeeze(1)
+    assert (radius >= margin / (2 * slope * constant) * (1 - 1e-6)).all()
+
+
+@pytest.mark.parametrize("p", ["inf", "1", "2"])
+def test_bounds_of_the_dense_flow(p: str) -> None:
+    flow = zubov.DenseFlow(3, 2, 0.7, width=4, dtype=torch.float64)
+    with torch.no_grad():
+        flow.weight1.mul_(4.0)
+    bounds = zubov.certificate._dense_bounds(flow)
+    assert len(bounds) == 2
+    for n, bound in enumerate(bounds):
+        for x in torch.randn(200, 3, dtype=torch.float64):
+            jacobian = torch.func.jacrev(lambda s, n=n: s + 0.7 * flow._step(n, s[None])[0])(x)
+            assert torch.linalg.matrix_norm(jacobian, float(p)) <= bound.of(p) * (1 + 1e-12)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_bad_input() -> None:
+    lyapunov = functions(dtype=torch.float32)
+    x = torch.randn(5, 3)
+    flow = zubov.DenseFlow(3, 2, 0.1)
+    for error, match, call in (
+        (ValueError, "dim=0 is too small", lambda: zubov.ConvexLyapunov(0, 2)),
+        (TypeError, "num_classes=2.0 is a float", lambda: zubov.ConvexLyapunov(3, 2.0)),  # type: ignore[arg-type]
+        (ValueError, "eps=0.0 is not positive", lambda: zubov.ConvexLyapunov(3, 2, eps=0.0)),
+        (ValueError, r"equilibria has shape \(3, 2\)", lambda: zubov.ConvexLyapunov(3, 2, equilibria=torch.ones(3, 2))),
+        (ValueError, r"x has shape \(5, 2\), expected \(B, dim\)", lambda: lyapunov(x[:, :2])),
+        (ValueError, r"x has shape \(3,\), expected \(B, dim\)", lambda: lyapunov(x[0])),
+        (TypeError, "x has dtype torch.float64, expected torch.float32", lambda: lyapunov(x.double())),
+        (ValueError, "x is on meta", lambda: lyapunov(x.to("meta"))),
+        (TypeError, "x has dtype torch.int64", lambda: lyapunov(x.long())),
+        (TypeError, "have dtype torch.float16", lambda: copy.deepcopy(lyapunov).half()(x.half())),
+        (ValueError, r"points has shape \(3, 5, 3\)", lambda: lyapunov.per_class(x.expand(3, 5, 3))),
+        (ValueError, r"dx has shape \(4, 3\)", lambda: zubov.value_and_derivative(lyapunov, x, x[:4])),
+        (TypeError, "lyapunov is a DenseFlow", lambda: zubov.value_and_derivative(flow, x, x)),  # type: ignore[arg-type]
+        (ValueError, "n_rays=0 is too small", lambda: zubov.sample_boundary(lyapunov, 0)),
+        (ValueError, "level=-1.0 is not positive", lambda: zubov.sample_boundary(lyapunov, 2, level=-1.0)),
+        (ValueError, "level=inf is not finite", lambda: zubov.sample_boundary(lyapunov, 2, level=math.inf)),
+        (TypeError, "lyapunov is a DenseFlow", lambda: zubov.sample_boundary(flow, 2)),  # type: ignore[arg-type]
+        (ValueError, "1 class, expected two", lambda: zubov.ZubovNet(nn.Identity(), flow, functions(k=1))),
+        (ValueError, "dim=2, expected 3", lambda: zubov.ZubovNet(nn.Identity(), flow, functions(2))),
+        (TypeError, "dynamics is a Linear", lambda: zubov.ZubovNet(nn.Identity(), nn.Linear(3, 3), lyapunov)),  # type: ignore[arg-type]
+        (ValueError, "square states", lambda: zubov.ZubovNet(nn.Identity(), rnf.nn.EulerConvFlow(1, 2, 0.1), lyapunov)),
+        (ValueError, "temperature=0", lambda: zubov.ZubovNet(nn.Identity(), flow, lyapunov, temperature=0.0)),
+        (ValueError, "n_steps=0 is too small", lambda: zubov.DenseFlow(3, 0, 0.1)),
+    ):
+        with pytest.raises(error, match=match):
+            call()
+
+
+def test_bad_input_of_the_certificate() -> None:
+    net, x, y = dense_net().eval(), torch.randn(4, 5), torch.zeros(4).long()
+    poisoned = copy.deepcopy(net)
+    nn.init.constant_(poisoned.lyapunov.anchor, torch.nan)
+    unknown = zubov.ZubovNet(nn.Sequential(nn.Linear(5, 3), nn.Tanh()), net.dynamics, net.lyapunov).eval()
+    for error, match, call in (
+        (ValueError, "in training mode", lambda: zubov.margin_radius(copy.deepcopy(net).train(), x, y)),
+        (ValueError, "lyapunov.anchor is not finite", lambda: zubov.margin_radius(poisoned, x, y)),
+        (ValueError, "x is not finite", lambda: zubov.margin_radius(net, x / 0.0, y)),
+        (ValueError, r"y lies in \[4, 4\]", lambda: zubov.margin_radius(net, x, y + 4)),
+        (ValueError, r"y has shape \(3,\)", lambda: zubov.margin_radius(net, x, y[:3])),
+        (ValueError, "p='3' is unknown", lambda: zubov.margin_radius(net, x, y, p="3")),
+        (TypeError, "no bound is known for the layer Tanh", lambda: zubov.margin_radius(unknown, x, y)),
+        (TypeError, "net is a Linear", lambda: zubov.margin_radius(nn.Linear(2, 2), x, y)),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(error, match=match):
+            call()
+    assert zubov.margin_radius(net, x[:0], y[:0]).shape == (0,)
+
+
+@DTYPES
+def test_what_is_not_finite_propagates(dtype: torch.dtype) -> None:
+    lyapunov = functions(dtype=dtype)
+    x = torch.randn(4, 3, dtype=dtype)
+    x[1, 0], x[2, 1] = torch.nan, torch.inf
+    value = lyapunov(x)
+    assert value[[0, 3]].isfinite().all()
+    assert not value[[1, 2]].isfinite().any()
+    assert lyapunov(x[:0]).shape == (0, 4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The benchmark
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_benchmark_runs_and_refuses_wrong_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = importlib.util.spec_from_file_location("bench_zubov", ROOT / "bench" / "zubov.py")
+    assert spec is not None
+    assert spec.loader is not None
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    for name, value in (("BATCH", 4), ("RAYS", 2), ("CLASSES", (2,))):
+        monkeypatch.setattr(bench, name, value)
+    monkeypatch.setattr(bench, "GROWTH", {"classes": (2, 3), "depth": (1,), "rays": (2,)})
+    bench.main(1, tmp_path / "zubov.csv", tmp_path / "zubov.png")
+    assert (tmp_path / "zubov.png").stat().st_size > 1000
+    with (tmp_path / "zubov.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["work"] for row in rows if row["provider"] == "loop"} == {"value and derivative", "boundary", "both"}
+    assert all(float(row["p50_ms"]) > 0 and row["machine"] for row in rows)
+
+    right = zubov.value_and_derivative
+
+    def wrong(lyapunov: zubov.ConvexLyapunov, x: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
+        value, rate = right(lyapunov, x, dx)
+        return value, 1.01 * rate
+
+    monkeypatch.setattr(bench.zubov, "value_and_derivative", wrong)
+    with pytest.raises(ValueError, match="results differ"):
+        bench.compare(2)
