@@ -25,7 +25,7 @@ from torch import nn
 from robust_node_fast import _backends, data, robustness, training
 from robust_node_fast import reproduce as reproduction
 from robust_node_fast.certify import Summary, linf_certified, summarise
-from robust_node_fast.training import Outcome, TrainConfig
+from robust_node_fast.training import Outcome, TrainConfig, distributed
 from robust_node_fast.training.checkpoint import replace_file
 
 app = typer.Typer(
@@ -55,7 +55,7 @@ def _reported(command: Callable[..., None]) -> Callable[..., None]:
     def run(*args: Any, **kwargs: Any) -> None:
         try:
             with warnings.catch_warnings():
-                warnings.showwarning = lambda message, *_, **__: _say(f"note: {message}")
+                warnings.showwarning = lambda message, *_, **__: _note(message)
                 command(*args, **kwargs)
         except (data.DataError, reproduction.CellError, training.RunError, training.CheckpointError) as error:
             _fail(str(error), 1)
@@ -72,8 +72,14 @@ def _fail(sentence: str, code: int) -> NoReturn:
     raise typer.Exit(code)
 
 
+def _note(message: Warning | str) -> None:
+    if distributed.rank() == 0:
+        _say(f"note: {message}")
+
+
 def _say(sentence: str) -> None:
-    err.print(f"rnf: {sentence}", markup=False, soft_wrap=True)
+    who = f"process {distributed.rank()}: " if distributed.world_size() > 1 else ""
+    err.print(f"rnf: {who}{sentence}", markup=False, soft_wrap=True)
 
 
 def _options_of_config(command: Callable[..., None]) -> Callable[..., None]:
@@ -87,7 +93,7 @@ def _options_of_config(command: Callable[..., None]) -> Callable[..., None]:
     for field in dataclasses.fields(TrainConfig):
         if field.name not in parameters:
             option = typer.Option(
-                help=field.metadata["help"], show_default=_default_of(field), rich_help_panel="Recipe"
+                help=field.metadata["help"], show_default=_default_of(field), rich_help_panel=field.metadata["panel"]
             )
             parameters[field.name] = inspect.Parameter(
                 field.name,
@@ -102,9 +108,11 @@ def _options_of_config(command: Callable[..., None]) -> Callable[..., None]:
 def _default_of(field: dataclasses.Field[Any]) -> str:
     """``5; digits: 30; certified: 20``: the default, then the recipes that depart from it."""
     default = field.default_factory() if callable(field.default_factory) else field.default
-    departures = []
+    departures, contractive = [], training.RECIPES["contractive"]
     for recipe, datasets in training.RECIPES.items():
         given = {dataset: values[field.name] for dataset, values in datasets.items() if field.name in values}
+        if recipe == "large-batch":  # the contractive one, but for what it says anew
+            given = {name: value for name, value in given.items() if value != contractive[name].get(field.name)}
         if recipe != "contractive" and given:  # for all data sets where they agree
             agree = len(set(map(str, given.values()))) == 1
             given = {f"{recipe} {dataset}": value for dataset, value in given.items()}
@@ -149,13 +157,13 @@ def train(
         Literal["digits", "mnist", "fashionmnist", "cifar10"], typer.Option(help="Data set.")
     ] = "digits",
     recipe: Annotated[
-        Literal["contractive", "certified"],
-        typer.Option(help="Settings to start from: the paper's method, or training for certificates."),
+        Literal["contractive", "certified", "large-batch"],
+        typer.Option(help="Settings to start from: the paper's, for certificates, for large batches."),
     ] = "contractive",
     network: Annotated[
         Literal["vanilla", "contractive", "both"] | None,
         typer.Option(
-            help="Without or with the contraction penalty, or both: same initial weights, data order, budget.",
+            help="Without or with the penalty, or both: same start, data order, budget.",
             show_default="both; certified: vanilla",
         ),
     ] = None,
@@ -168,14 +176,19 @@ def train(
     ] = None,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write TensorBoard files.")] = False,
     backend: Backend = None,
+    timeout: Annotated[
+        float,
+        typer.Option(min=1, help="Under torchrun: seconds to wait for another process."),
+    ] = 600,
     **changes: Any,
 ) -> None:
     """Train the vanilla and the contractive network on a data set.
 
     A run can be stopped or killed at any moment and continued with --resume: it ends with the same bits.
+    On several cards or machines: torchrun --nproc-per-node 8 --max-restarts 3 -m robust_node_fast train ...
     """
     if resume is not None:
-        free = {"resume", "tensorboard", "backend"}
+        free = {"resume", "tensorboard", "backend", "timeout"}
         fixed = [name for name in context.params if name not in free and _is_given(context, name)]
         if fixed:
             raise typer.BadParameter(f"--resume takes no {', '.join(fixed)}: the configuration of a run is fixed")
@@ -191,17 +204,32 @@ def train(
         folders = [folder / name if len(configs) > 1 else folder for name in configs]
     config = training.load_config(folders[0]) if resume is not None else next(iter(configs.values()))
     _choose(backend)
-    images = data.load(config.dataset, config.data_root)
-    if resume is None:
-        for path, config in zip(folders, configs.values(), strict=True):
-            training.prepare(config, path)  # all of them first: --resume finds also those that had not begun
-    top = folders[0].parent if len(folders) > 1 else folders[0]
-    try:
-        outcomes = [fit_with_progress(path, images, tensorboard=tensorboard) for path in folders]
-    except (training.Interrupted, KeyboardInterrupt) as stopped:
-        number = stopped.signal if isinstance(stopped, training.Interrupted) else signal.SIGINT
-        _fail(f"{str(stopped) or 'stopped by SIGINT'}; continue with: rnf train --resume {top}", 128 + number)
-    _print_outcomes(outcomes)
+    with distributed.process_group(config.device, timeout):
+        images = _load_data(config)
+        if resume is None:
+            for path, config in zip(folders, configs.values(), strict=True):
+                # All of them first: --resume finds also those that had not begun.
+                distributed.on_rank_0(functools.partial(_prepare, config, path))
+        top = folders[0].parent if len(folders) > 1 else folders[0]
+        try:
+            outcomes = [fit_with_progress(path, images, tensorboard=tensorboard) for path in folders]
+        except (training.Interrupted, KeyboardInterrupt) as stopped:
+            number = stopped.signal if isinstance(stopped, training.Interrupted) else signal.SIGINT
+            _fail(f"{str(stopped) or 'stopped by SIGINT'}; continue with: rnf train --resume {top}", 128 + number)
+        if distributed.rank() == 0:
+            _print_outcomes(outcomes)
+
+
+def _load_data(config: TrainConfig) -> data.Dataset:
+    found: list[data.Dataset] = []
+    # Rank 0 before the others: what is missing is downloaded once.
+    distributed.on_rank_0(lambda: found.append(data.load(config.dataset, config.data_root)))
+    return found[0] if found else data.load(config.dataset, config.data_root)
+
+
+def _prepare(config: TrainConfig, folder: Path) -> None:
+    # torchrun, which starts all processes anew when one has failed, repeats the command: it is to go on then.
+    training.prepare(config, folder, resume=distributed.is_parallel())
 
 
 def _configs(dataset: str, recipe: str, network: str | None, changes: dict[str, Any]) -> dict[str, TrainConfig]:
@@ -236,7 +264,8 @@ def _runs_in(folder: Path) -> list[Path]:
 @contextmanager
 def _progress(task: str, total: int) -> Iterator[Callable[[int, str], None]]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.fields[note]}"), console=err, disable=not err.is_terminal) as progress:
+    hidden = not err.is_terminal or distributed.rank() != 0
+    with Progress(*columns, TextColumn("{task.fields[note]}"), console=err, disable=hidden) as progress:
         bar = progress.add_task(task, total=total, note="")
         yield lambda done, note: progress.update(bar, completed=done, note=note)
 

@@ -108,6 +108,27 @@ def test_images_and_labels_that_do_not_belong_together(tmp_path: Path, no_networ
         data.load("mnist", tmp_path)
 
 
+@pytest.mark.parametrize("length", [-1, None])
+def test_cifar_files_that_are_truncated_or_corrupt(
+    length: int | None, tmp_path: Path, no_network: None, data_root: Path
+) -> None:
+    whole = data_root / FOLDERS["cifar10"]
+    if not whole.is_dir():
+        pytest.skip("cifar-10-batches-py is not in the folder with the real data")
+    folder = tmp_path / FOLDERS["cifar10"]
+    folder.mkdir()
+    for path in whole.iterdir():
+        (folder / path.name).symlink_to(path)
+    broken = folder / "data_batch_3"
+    content = bytearray(broken.read_bytes())
+    content[1_000_000] ^= 1
+    broken.unlink()
+    broken.write_bytes(content[:length])
+    with pytest.raises(data.DataError, match="cifar10 can be neither read from nor downloaded to") as error:
+        data.load("cifar10", tmp_path)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("name", "shape", "n_train"),
     [("mnist", (1, 28, 28), 60_000), ("fashionmnist", (1, 28, 28), 60_000), ("cifar10", (3, 32, 32), 50_000)],
@@ -118,11 +139,14 @@ def test_real_data(name: str, shape: tuple[int, ...], n_train: int, no_network: 
     loaded = data.load(name, data_root)
     assert loaded.train_images.shape == (n_train, *shape)
     assert loaded.test_images.shape == (10_000, *shape)
-    assert loaded.train_images.min() == 0.0
-    assert loaded.train_images.max() == 1.0
+    assert loaded.train_images.dtype == (torch.uint8 if name == "cifar10" else torch.float32)
+    for images in (data.to_float(loaded.train_images), loaded.test_images):
+        assert images.dtype == torch.float32
+        assert images.min() == 0.0
+        assert images.max() == 1.0
     assert torch.equal(loaded.test_labels.unique(), torch.arange(10))
     if name == "cifar10":  # published channel means: the axes are where they should be
-        means = loaded.train_images.mean((0, 2, 3))
+        means = data.to_float(loaded.train_images).mean((0, 2, 3))
         torch.testing.assert_close(means, torch.tensor([0.4914, 0.4822, 0.4465]), atol=2e-4, rtol=0)
     if name == "mnist":
         assert float(loaded.train_images.mean()) == pytest.approx(0.1307, abs=1e-4)

@@ -24,7 +24,7 @@ from robust_node_fast import cli, data, reproduce, robustness, training
 from robust_node_fast.reproduce import cell as cell_module
 from robust_node_fast.reproduce import claims, grid, summary
 from robust_node_fast.robustness import tally
-from robust_node_fast.training import TrainConfig, trainer
+from robust_node_fast.training import TrainConfig, objective
 
 TINY = ["--dataset", "digits", "--seeds", "1", "--epochs", "1", "--train-samples", "200", "--attack-samples", "8"]
 ROWS = ("grid/identity/none", "grid/identity/2")  # partners of each other: two networks in all
@@ -193,7 +193,7 @@ def test_jacobian_regulariser_slows_the_expansion(tmp_path: Path) -> None:
 def test_jacobian_regulariser_leaves_the_logits_alone() -> None:
     model = TrainConfig("digits", n_steps=3).build_model()
     images = torch.rand(5, 1, 8, 8)
-    logits, penalty = trainer._with_jacobian_penalty(model, images, 2.0)
+    logits, penalty = objective.with_jacobian_penalty(model, images, 2.0)
     torch.testing.assert_close(logits, model(images))
     # The largest eigenvalue of J + J' found can only fall short of what Gershgorin's discs allow.
     assert 0.0 < penalty.item() <= 2.0 - model.contraction_rate().min().item()

@@ -10,21 +10,31 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from robust_node_fast import _checks, data, models, nn
+from robust_node_fast.training import augment
 
 __all__ = ["NETWORKS", "RECIPES", "TrainConfig"]
 
 NETWORKS = ("vanilla", "contractive")
 MODELS = ("MNISTNode", "CIFARNode", "StagedCIFARNode", "StridedNode")
 WITHOUT_BATCH_NORM = ("MNISTNode", "StridedNode")
-OPTIMIZERS = ("adam", "sgd")
+OPTIMIZERS = ("adam", "adamw", "sgd")
 INITS = ("centered", "default", "identity", "authors")
 REGULARIZERS = ("filters", "jacobian")
+_WARMUP_START = 0.01  # of the learning rate
 
 
-def _field(default: Any, help: str) -> Any:
-    if default is ...:
-        return dataclasses.field(metadata={"help": help})
-    return dataclasses.field(default=default, metadata={"help": help})
+def _field(default: Any, panel: str, help: str) -> Any:
+    """A field of the configuration, with its help and the panel of ``rnf train --help`` it stands in."""
+    metadata = {"help": help, "panel": panel}
+    return (
+        dataclasses.field(metadata=metadata)
+        if default is ...
+        else dataclasses.field(default=default, metadata=metadata)
+    )
+
+
+_NETWORK, _DATA, _OPTIMIZER = "Network", "Data", "Optimizer"
+_CONTRACTION, _RUN = "Contraction and certificates", "Speed and safety"
 
 
 @dataclass(frozen=True)
@@ -38,52 +48,75 @@ class TrainConfig:
         TypeError, ValueError: a field out of its range; the message names it, its value and what was expected.
     """
 
-    dataset: Literal["digits", "mnist", "fashionmnist", "cifar10"] = _field(..., "Data set.")
-    data_root: str | None = _field(None, "torchvision's folder; else $RNF_DATA_ROOT, else ~/.cache/robust_node_fast.")
-    network: Literal["vanilla", "contractive"] = _field("contractive", "With or without the contraction penalty.")
-    model: Literal["MNISTNode", "CIFARNode", "StagedCIFARNode", "StridedNode"] = _field(
-        "MNISTNode", "Network of rnf.models."
+    dataset: Literal["digits", "mnist", "fashionmnist", "cifar10"] = _field(..., _DATA, "Data set.")
+    data_root: str | None = _field(
+        None, _DATA, "torchvision's folder; else $RNF_DATA_ROOT, else ~/.cache/robust_node_fast."
     )
-    n_steps: int | None = _field(None, "Euler steps (per stage); else the model's own number.")
-    step_size: float | None = _field(None, "Euler step h; else the model's own.")
+    network: Literal["vanilla", "contractive"] = _field(
+        "contractive", _NETWORK, "With or without the contraction penalty."
+    )
+    model: Literal["MNISTNode", "CIFARNode", "StagedCIFARNode", "StridedNode"] = _field(
+        "MNISTNode", _NETWORK, "Network of rnf.models."
+    )
+    n_steps: int | None = _field(None, _NETWORK, "Euler steps (per stage); else the model's own number.")
+    step_size: float | None = _field(None, _NETWORK, "Euler step h; else the model's own.")
     init: Literal["centered", "default", "identity", "authors"] = _field(
         "centered",
-        "Start: default (PyTorch's, as in the paper); centered (biases by nn.center_bias_: black stays zero); identity "
-        "(filters by nn.contractive_init_: the rate with equality); authors (by nn.authors_init_: -5 * eye(3) each).",
+        _NETWORK,
+        "Start: PyTorch's (the paper's), nn.center_bias_, nn.contractive_init_ or nn.authors_init_.",
     )
-    seed: int = _field(0, "Seed of the initial weights, the data order and dropout.")
-    train_samples: int | None = _field(None, "First training images; else all.")
-    epochs: int = _field(5, "Passes over the training set.")
-    batch_size: int = _field(128, "Images per optimizer step.")
-    optimizer: Literal["adam", "sgd"] = _field("adam", "Optimizer of torch.optim.")
-    lr: float = _field(0.05, "Learning rate of the first epoch.")
-    lr_decay: float = _field(0.7, "Factor on the learning rate after every epoch.")
+    seed: int = _field(0, _NETWORK, "Seed of weights, data order, augmentation, dropout.")
+    train_samples: int | None = _field(None, _DATA, "First training images; else all.")
+    epochs: int = _field(5, _OPTIMIZER, "Passes over the training set.")
+    batch_size: int = _field(128, _OPTIMIZER, "Images per optimizer step, over all processes.")
+    accumulate: int = _field(1, _OPTIMIZER, "Parts of a batch, computed one after another to save memory.")
+    augmentation: Literal["none", "crop-flip", "crop-flip-cutout"] = _field(
+        "none", _DATA, "Shift by up to 4 pixels and mirror; cutout: and a black square."
+    )
+    label_smoothing: float = _field(0.0, _OPTIMIZER, "Share of a label spread over all classes.")
+    optimizer: Literal["adam", "adamw", "sgd"] = _field("adam", _OPTIMIZER, "Optimizer of torch.optim.")
+    lr: float = _field(0.05, _OPTIMIZER, "Learning rate of the first epoch.")
+    lr_batch_size: int | None = _field(None, _OPTIMIZER, "Batch size that lr is meant for: it is scaled in proportion.")
+    warmup_epochs: int = _field(0, _OPTIMIZER, "First epochs, in which the learning rate grows.")
+    lr_decay: float = _field(0.7, _OPTIMIZER, "Factor on the learning rate after every epoch.")
     milestones: list[int] = dataclasses.field(
         default_factory=list,
-        metadata={"help": "Epochs after which the learning rate drops to a tenth (repeat the option)."},
+        metadata={
+            "help": "Epochs after which lr drops to a tenth (repeat the option).",
+            "panel": _OPTIMIZER,
+        },
     )
-    momentum: float = _field(0.0, "Momentum of SGD.")
-    weight_decay: float = _field(0.0, "Weight decay.")
-    grad_clip: float = _field(0.0, "Largest 2-norm of the gradient; 0: no clipping.")
-    rate: float = _field(2.0, "Contraction rate rho that the contractive network is to satisfy.")
+    momentum: float = _field(0.0, _OPTIMIZER, "Momentum of SGD.")
+    nesterov: bool = _field(False, _OPTIMIZER, "Nesterov's momentum.")
+    weight_decay: float = _field(0.0, _OPTIMIZER, "Weight decay.")
+    grad_clip: float = _field(0.0, _OPTIMIZER, "Largest 2-norm of the gradient; 0: any.")
+    ema_decay: float = _field(0.0, _OPTIMIZER, "Decay of the average of the weights that is tested and kept; 0: none.")
+    rate: float = _field(2.0, _CONTRACTION, "Contraction rate rho that the contractive network is to satisfy.")
     rate_margin: float = _field(
         0.05,
-        "The penalty asks for rate * (1 + rate_margin): its hinge stops at the boundary, and the margin keeps the "
-        "optimizer's last steps on the right side of it. 0 is the paper's loss.",
+        _CONTRACTION,
+        "The penalty asks for rate * (1 + rate_margin), to end inside its hinge; 0 is the paper's loss.",
     )
-    norm: Literal["2", "2-sharp", "inf", "1"] = _field("2", "Norm of the contraction penalty.")
-    penalty_weight: float = _field(1.0, "Weight of the penalty beside the cross-entropy.")
+    norm: Literal["2", "2-sharp", "inf", "1"] = _field("2", _CONTRACTION, "Norm of the contraction penalty.")
+    penalty_weight: float = _field(1.0, _CONTRACTION, "Weight of the penalty beside the cross-entropy.")
     regularizer: Literal["filters", "jacobian"] = _field(
         "filters",
-        "What the penalty looks at: the filters, or the Jacobian (norm 2) at states of a batch's first 8 images.",
+        _CONTRACTION,
+        "What is penalised: filters, or the Jacobian (norm 2) of the first 8 images of every process.",
     )
     certified_eps: float = _field(
         0.0,
-        "Train for certificates (bound E) up to this l_inf radius, which grows to it in the first half of the run; the "
-        "cross-entropy of the worst-case logits then weighs as much as the clean one. 0: no.",
+        _CONTRACTION,
+        "Train for certificates (bound E) up to this l_inf radius, reached half-way; 0: no.",
     )
-    checkpoint_every: int = _field(200, "Steps between checkpoints (one more after every epoch).")
-    device: str = _field("cpu", "Device to train on.")
+    track_eps: float = _field(
+        0.0, _CONTRACTION, "After every epoch, the share of 256 test images certified at this l_inf radius; 0: no."
+    )
+    checkpoint_every: int = _field(200, _RUN, "Steps between checkpoints (one more after every epoch).")
+    device: str = _field("cpu", _RUN, "Device to train on.")
+    channels_last: bool = _field(False, _RUN, "Images and states in channels_last.")
+    autocast: bool = _field(False, _RUN, "The network in bfloat16 by torch.autocast; weights and losses in float32.")
+    compile: bool = _field(False, _RUN, "torch.compile the network with its losses.")
 
     def __post_init__(self) -> None:
         for name, choices in (
@@ -94,11 +127,15 @@ class TrainConfig:
             ("norm", _checks.NORMS),
             ("init", INITS),
             ("regularizer", REGULARIZERS),
+            ("augmentation", augment.AUGMENTATIONS),
         ):
             _checks.choice(name, getattr(self, name), choices)
-        for name in ("seed", "epochs", "batch_size", "n_steps", "train_samples", "checkpoint_every"):
-            value, least = getattr(self, name), int(name != "seed")
-            if name in ("n_steps", "train_samples") and value is None:
+        for field in dataclasses.fields(self):
+            name, kind = field.name, field.type
+            value, least = getattr(self, name), int(name not in ("seed", "warmup_epochs"))
+            if kind == "bool" and not isinstance(value, bool):
+                raise TypeError(f"{name}={value!r} is a {type(value).__name__}, expected a bool")
+            if kind not in ("int", "int | None") or (kind == "int | None" and value is None):
                 continue
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name}={value!r} is a {type(value).__name__}, expected an int")
@@ -108,17 +145,29 @@ class TrainConfig:
             raise ValueError(f"milestones={self.milestones!r} is not a list of epochs, expected ints of at least 1")
         for name in ("lr", "lr_decay", "rate"):
             self._at_least_zero(name, positive=True)
-        for name in ("momentum", "weight_decay", "grad_clip", "rate_margin", "penalty_weight", "certified_eps"):
+        for name in ("momentum", "weight_decay", "grad_clip", "rate_margin", "penalty_weight"):
             self._at_least_zero(name)
+        self._at_least_zero("certified_eps")
+        self._at_least_zero("track_eps")
+        for name in ("label_smoothing", "ema_decay"):
+            self._at_least_zero(name)
+            if getattr(self, name) >= 1:
+                raise ValueError(f"{name}={getattr(self, name)!r} is out of range, expected a number < 1")
         if self.step_size is not None:
             self._at_least_zero("step_size", positive=True)
-        if self.optimizer == "adam" and self.momentum:
-            raise ValueError(f"momentum={self.momentum!r} belongs to SGD, expected 0 with optimizer='adam'")
+        if self.optimizer != "sgd" and self.momentum:
+            raise ValueError(f"momentum={self.momentum!r} belongs to SGD, expected 0 with optimizer={self.optimizer!r}")
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov=True asks for a momentum, expected optimizer='sgd' and a momentum > 0")
         if self.certified_eps and self.model not in WITHOUT_BATCH_NORM:
             raise ValueError(
                 f"certified_eps={self.certified_eps!r} does not fit model={self.model!r}: batch normalisation has no "
                 f"bound while it trains, expected one of {WITHOUT_BATCH_NORM}"
             )
+        if self.compile and self.certified_eps:
+            raise ValueError("compile=True does not fit certified_eps: its radius, new in every step, is compiled in")
+        if self.autocast and self.regularizer == "jacobian":
+            raise ValueError("autocast=True does not fit regularizer='jacobian', whose products are float32")
 
     def _at_least_zero(self, name: str, *, positive: bool = False) -> None:
         value = getattr(self, name)
@@ -159,12 +208,25 @@ class TrainConfig:
         """The rate that the penalty asks for."""
         return self.rate * (1.0 + self.rate_margin)
 
-    def lr_factor(self, epoch: int) -> float:
-        """Factor on ``lr`` in the epoch with this number, counted from 0."""
-        return math.pow(self.lr_decay, epoch) * math.pow(0.1, sum(epoch >= milestone for milestone in self.milestones))
+    @property
+    def scaled_lr(self) -> float:
+        """``lr`` for this batch size, by the linear scaling rule (arXiv 1706.02677)."""
+        return self.lr if self.lr_batch_size is None else self.lr * self.batch_size / self.lr_batch_size
+
+    def lr_factor(self, epochs: float) -> float:
+        """Factor on ``scaled_lr`` after so many epochs; it changes within an epoch only while that is warm-up."""
+        epoch = math.floor(epochs)
+        warm = min(1.0, epochs / self.warmup_epochs) if self.warmup_epochs else 1.0
+        drops = sum(epoch >= milestone for milestone in self.milestones)
+        return (_WARMUP_START + (1.0 - _WARMUP_START) * warm if warm < 1.0 else 1.0) * (
+            math.pow(self.lr_decay, epoch) * math.pow(0.1, drops)
+        )
 
     def certified_share(self, progress: float) -> float:
-        """How much of ``certified_eps`` is trained for when this share of the run is done: all of it from half on."""
+        """How much of ``certified_eps`` is trained for when this share of the run is done: all of it from half on.
+
+        The cross-entropy of the worst-case logits then weighs as much as the clean one.
+        """
         return min(1.0, 2.0 * progress)
 
     def build_model(self) -> models.Model:
@@ -205,6 +267,28 @@ _CONTRACTIVE: Mapping[str, Mapping[str, Any]] = {
     },
 }
 
+# Many images at once, for many cores, one card or several. The paper's SGD, clipped at 0.5, hardly learns beside the
+# penalty in its first epochs, and its lr is too large for this network; neither holds for AdamW.
+_LARGE_BATCH: Mapping[str, Mapping[str, Any]] = {
+    "cifar10": {
+        **_CONTRACTIVE["cifar10"],
+        "model": "StagedCIFARNode",
+        "init": "centered",
+        "rate": 0.1,
+        "optimizer": "adamw",
+        "momentum": 0.0,
+        "grad_clip": 0.0,
+        "lr": 5e-4,
+        "batch_size": 1024,
+        "lr_batch_size": 128,
+        "warmup_epochs": 5,
+        "label_smoothing": 0.1,
+        "ema_decay": 0.99,
+        "augmentation": "crop-flip",
+        "channels_last": True,
+    }
+}
+
 # For certificates (docs/certify.md); no penalty: a bound that is to stay small asks for contraction by itself.
 _CERTIFIED: Mapping[str, Mapping[str, Any]] = {
     dataset: {
@@ -225,4 +309,8 @@ _CERTIFIED: Mapping[str, Mapping[str, Any]] = {
         ("fashionmnist", 0.0525, {}),
     )
 }
-RECIPES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {"contractive": _CONTRACTIVE, "certified": _CERTIFIED}
+RECIPES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+    "contractive": _CONTRACTIVE,
+    "certified": _CERTIFIED,
+    "large-batch": _LARGE_BATCH,
+}

@@ -1,77 +1,50 @@
-"""A training run in a folder: ``config.json``, ``metrics.jsonl``, ``checkpoint.safetensors``, ``model.safetensors``.
+"""``fit``: train a run in its folder, from its checkpoint or from the start where there is none.
 
-``prepare`` opens the folder, ``fit`` trains in it from its checkpoint, or from the start where there is none. A run
-that was stopped or killed at any moment and is fitted again ends with the bits of the undisturbed run: the checkpoint
-holds weights, optimizer, scheduler, step and PyTorch's random state, and the order of the data follows from seed and
-epoch.
+A run that was stopped or killed at any moment and is fitted again ends with the bits of the undisturbed run: the
+checkpoint holds weights, optimizer, step and PyTorch's random state, and the order of the data, their augmentation and
+the learning rate follow from seed and step.
+
+Where torch.distributed is initialised, its processes train as one: see ``distributed``. They share every batch, and
+rank 0 alone writes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import functools
-import json
 import math
-import os
-import signal
-import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from robust_node_fast import _backends, models
-from robust_node_fast.certify import worst_case_logits
-from robust_node_fast.data import Dataset
-from robust_node_fast.jacobian import jacobian_penalty
-from robust_node_fast.nn import EulerConvFlow
-from robust_node_fast.training import checkpoint
+from robust_node_fast import _backends
+from robust_node_fast.certify import linf_certified
+from robust_node_fast.data import Dataset, to_float
+from robust_node_fast.models import Model
+from robust_node_fast.training import augment, checkpoint, distributed
+from robust_node_fast.training import folder as run_folder
+from robust_node_fast.training.batch_norm import synchronize_batch_norm_
 from robust_node_fast.training.checkpoint import CheckpointError
 from robust_node_fast.training.config import TrainConfig
+from robust_node_fast.training.errors import Interrupted, RunError
+from robust_node_fast.training.metrics import Metrics
+from robust_node_fast.training.objective import Objective
+from robust_node_fast.training.signals import StopSignals
 
-__all__ = [
-    "RATE_TOLERANCE",
-    "Interrupted",
-    "Outcome",
-    "RunError",
-    "accuracy_by_epoch",
-    "check_device",
-    "fit",
-    "load_config",
-    "load_model",
-    "prepare",
-    "rate_sentence",
-    "writing",
-]
+__all__ = ["RATE_TOLERANCE", "Outcome", "check_device", "fit", "rate_sentence"]
 
-Model = models.Model
 OnStep = Callable[[int, int, dict[str, float]], None]
 
 RATE_TOLERANCE = 1e-2  # the contractive network satisfies its rate if it reaches (1 - 1e-2) * rate
-# The Jacobian regulariser takes so many images of a batch and so many Lanczos iterations. All 128 images and
-# jacobian_penalty's 24 iterations are 48 times the work, and these are already most of a step's.
-_JACOBIAN_IMAGES, _JACOBIAN_ITERATIONS = 8, 8
-_CHECKPOINT, _MODEL, _CONFIG, _METRICS = "checkpoint.safetensors", "model.safetensors", "config.json", "metrics.jsonl"
-
-
-class RunError(RuntimeError):
-    """A run cannot go on; the message is one sentence that says why."""
-
-
-class Interrupted(RuntimeError):
-    """SIGINT or SIGTERM ended ``fit`` after a checkpoint; ``signal`` is its number."""
-
-    def __init__(self, number: int, step: int, total: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name} after step {step} of {total}")
-        self.signal = number
+_TRACKED = 256  # test images whose certificates are tracked
+_ENVIRONMENT_OF_OLD = {"processes": 1}  # what checkpoints did not say before it could differ
 
 
 @dataclass(frozen=True)
@@ -105,72 +78,11 @@ def rate_sentence(outcome: Outcome) -> str:
     )
 
 
-def prepare(config: TrainConfig, folder: Path, *, replace: bool = False) -> None:
-    """Create the folder of a new run.
-
-    Args:
-        config: of the run.
-        folder: created where it is missing.
-        replace: forget the run that the folder holds.
-
-    Raises:
-        RunError: it holds a run already and ``replace`` is false, or it cannot be written.
-    """
-    if (folder / _CONFIG).exists() and not replace:
-        raise RunError(f"{folder} holds a run already: continue it with --resume {folder}, or choose another --out")
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in (_CHECKPOINT, _MODEL, _METRICS):
-            (folder / name).unlink(missing_ok=True)
-        checkpoint.replace_file(folder / _CONFIG, config.to_json().encode())
-
-
-def load_config(folder: Path) -> TrainConfig:
-    """The configuration of the run in ``folder``.
-
-    Raises:
-        RunError: there is none, or it cannot be read.
-    """
-    path = folder / _CONFIG
-    try:
-        return TrainConfig.from_json(path.read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        raise RunError(f"{folder} is no run folder: it has no {_CONFIG}") from None
-    except (OSError, TypeError, ValueError) as error:
-        raise RunError(f"{path} is no configuration of a run ({error})") from error
-
-
-def load_model(folder: Path) -> tuple[Model, TrainConfig]:
-    """The network of the run in ``folder``, in eval mode on the CPU: the final one, or that of the last checkpoint.
-
-    Raises:
-        RunError: no run, or nothing saved yet.
-        CheckpointError: the file is corrupted or does not fit the configuration.
-    """
-    config = load_config(folder)
-    model = config.build_model()
-    if (folder / _MODEL).exists():
-        path, prefix = folder / _MODEL, ""
-    elif (folder / _CHECKPOINT).exists():
-        path, prefix = folder / _CHECKPOINT, "model."
-    else:
-        raise RunError(f"{folder} has no weights yet: continue the run with --resume {folder}")
-    tensors, state = checkpoint.load(path)
-    _check_belongs(path, state, config)
-    _load_weights(path, model, tensors, prefix)
-    return model.eval(), config
-
-
-def accuracy_by_epoch(folder: Path) -> tuple[float, ...]:
-    """Accuracy on the test set after every epoch so far of the run in ``folder``."""
-    lines = map(json.loads, (folder / _METRICS).read_text().splitlines())
-    return tuple(line["test_accuracy"] for line in lines if "test_accuracy" in line)
-
-
 def fit(folder: Path, dataset: Dataset, *, on_step: OnStep | None = None, tensorboard: bool = False) -> Outcome:
     """Train the run in ``folder`` to its end.
 
     SIGINT and SIGTERM finish the current step, write a checkpoint and raise ``Interrupted``; a second one acts at once.
+    Where torch.distributed is initialised, all of its processes are to call this together.
 
     Args:
         folder: made by ``prepare``.
@@ -179,114 +91,177 @@ def fit(folder: Path, dataset: Dataset, *, on_step: OnStep | None = None, tensor
         tensorboard: also write the metrics to ``folder/tensorboard``.
 
     Raises:
-        RunError: no run there, the folder cannot be written, no such device, TensorBoard is not installed, or the loss
-            is not finite.
+        RunError: no run there, the folder cannot be written, no such device, TensorBoard is not installed, loss or
+            gradient are not finite, batches are too small to be shared, or another process is lost.
         CheckpointError: the checkpoint is corrupted or belongs to another configuration.
         Interrupted: see above.
     """
-    config = load_config(folder)
+    config = run_folder.load_config(folder)
     if dataset.name != config.dataset:
         raise ValueError(f"dataset.name={dataset.name!r} does not fit the run, expected {config.dataset!r}")
     check_device(config.device)
-    trainer = _Trainer(config, dataset, folder)
-    with writing(folder):
+    with distributed.collectives(), run_folder.writing(folder), contextlib.ExitStack() as stack:
+        trainer = _Trainer(config, dataset, folder)
         trainer.resume()
-        with _StopSignals() as stop, _Metrics(folder, trainer.step, tensorboard) as metrics:
-            trainer.train(stop, metrics, on_step)
-        checkpoint.save(folder / _MODEL, trainer.model.state_dict(), {"config": dataclasses.asdict(config)})
-    return trainer.outcome()
+        stop = stack.enter_context(StopSignals())
+        if distributed.rank() == 0:
+            path = folder / run_folder.METRICS
+            trainer.metrics = stack.enter_context(Metrics(path, trainer.step, tensorboard=tensorboard))
+        trainer.train(stop, on_step)
+        trainer.save_model()
+        return trainer.outcome()
 
 
 class _Trainer:
     def __init__(self, config: TrainConfig, dataset: Dataset, folder: Path) -> None:
         self.config, self.folder = config, folder
-        self.train_images, self.train_labels, self.test_images, self.test_labels = (
-            tensor.to(config.device)
-            for tensor in (
-                dataset.train_images[: config.train_samples],
-                dataset.train_labels[: config.train_samples],
-                dataset.test_images,
-                dataset.test_labels,
-            )
-        )
+        self.metrics: Metrics | None = None  # rank 0 alone has them
+        self.train_images = dataset.train_images[: config.train_samples].to(config.device)
+        self.train_labels = dataset.train_labels[: config.train_samples].to(config.device)
+        self.test_images = distributed.share(dataset.test_images).to(config.device)
+        self.test_labels = distributed.share(dataset.test_labels).to(config.device)
+        self.n_test = len(dataset.test_labels)
+        self.tracked: _Tracked | None = None
+        if config.track_eps:
+            self.tracked = _Tracked(config, dataset.test_images[:_TRACKED], dataset.test_labels[:_TRACKED])
         torch.manual_seed(config.seed)
         self.model = config.build_model().to(config.device)
-        self.optimizer: torch.optim.Optimizer
-        if config.optimizer == "adam":
-            self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-        else:
-            self.optimizer = torch.optim.SGD(
-                self.model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
-            )
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, config.lr_factor)
+        self.averaged: AveragedModel | None = None
+        if config.ema_decay:
+            # Buffers too: statistics of batch normalisation are to fit the averaged weights.
+            average = get_ema_multi_avg_fn(config.ema_decay)  # type: ignore[no-untyped-call]
+            self.averaged = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
+        if distributed.world_size() > 1:
+            synchronize_batch_norm_(self.model, config.device)
+        objective = Objective(self.model, config)
+        if config.compile:
+            # Never dynamic: a run that is resumed compiles what the undisturbed run did.
+            objective.compile(dynamic=False)
+        self.objective = distributed.parallel(objective)
+        self.optimizer = _optimizer(config, self.model)
         self.steps_per_epoch = math.ceil(len(self.train_labels) / config.batch_size)
         self.total = config.epochs * self.steps_per_epoch
         self.step = 0  # optimizer steps done; with the seed it gives the place in the data
+        self.saved = 0  # the step of the checkpoint
         self.seconds = 0.0  # spent training up to this step, over all sittings
+        smallest = len(self.train_labels) - (self.steps_per_epoch - 1) * config.batch_size
+        if smallest < distributed.world_size() * config.accumulate:
+            raise RunError(
+                f"a batch of {smallest} images is too small for {distributed.world_size()} processes that take it in "
+                f"{config.accumulate} parts: choose another --batch-size"
+            )
 
-    def train(self, stop: _StopSignals, metrics: _Metrics, on_step: OnStep | None) -> None:
+    def train(self, stop: StopSignals, on_step: OnStep | None) -> None:
         """From the current step to the last."""
+        scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: self.config.lr_factor(step / self.steps_per_epoch), last_epoch=self.step - 1
+        )
         start = time.perf_counter() - self.seconds
         while self.step < self.total:
             epoch, done = divmod(self.step, self.steps_per_epoch)
+            draws = self._draws(epoch)
             for index in torch.split(self._order(epoch), self.config.batch_size)[done:]:
-                values = self._step(self.train_images[index], self.train_labels[index])
+                lr = self.optimizer.param_groups[0]["lr"]
+                values = self._step(index, draws)
+                scheduler.step()
                 self.step += 1
                 self.seconds = time.perf_counter() - start
-                record = {"step": self.step, "epoch": epoch, "lr": self.optimizer.param_groups[0]["lr"], **values}
-                metrics.write(record)
+                record = {"step": self.step, "epoch": epoch, "lr": lr, **values}
+                self._write(record)
                 if on_step is not None:
                     on_step(self.step, self.total, record)
+                # One decision for all processes: one that stopped alone would leave the others waiting for it.
+                number = distributed.largest(stop.signal or 0, self.config.device)
                 if self.step % self.steps_per_epoch == 0:
-                    self.scheduler.step()
-                    accuracy = _accuracy(self.model, self.test_images, self.test_labels)
+                    tested = {"test_accuracy": self._accuracy()}
+                    if self.tracked is not None:
+                        tested["test_certified"] = self.tracked.certified(self._final_model)
                     start = time.perf_counter() - self.seconds  # the clock stands still while testing
-                    metrics.write(
-                        {"step": self.step, "epoch": epoch, "test_accuracy": accuracy, "seconds": self.seconds}
-                    )
-                    self._save(metrics)
-                elif stop.signal or self.step % self.config.checkpoint_every == 0:
-                    self._save(metrics)
-                if stop.signal:
-                    raise Interrupted(stop.signal, self.step, self.total)
+                    self._write({"step": self.step, "epoch": epoch, **tested, "seconds": self.seconds})
+                    self._save()
+                elif number or self.step % self.config.checkpoint_every == 0:
+                    self._save()
+                if number:
+                    raise Interrupted(number, self.step, self.total)
 
     def _order(self, epoch: int) -> Tensor:
         """The order of the training set in an epoch, the same for every network with this seed."""
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
         return torch.randperm(len(self.train_labels), generator=generator).to(self.config.device)
 
-    def _step(self, images: Tensor, labels: Tensor) -> dict[str, float]:
-        config = self.config
-        self.model.train()
-        self.optimizer.zero_grad()
-        contractive = config.network == "contractive"
-        if contractive and config.regularizer == "jacobian":
-            logits, penalty = _with_jacobian_penalty(self.model, images, config.penalty_rate)
-        else:
-            logits = self.model(images)
-            with torch.set_grad_enabled(contractive):
-                penalty = self.model.contraction_penalty(rate=config.penalty_rate, norm=config.norm)
-        loss = F.cross_entropy(logits, labels)
-        if config.certified_eps:
-            share = config.certified_share(self.step / self.total)
-            worst = worst_case_logits(self.model, images, labels, share * config.certified_eps)
-            loss = (1.0 - 0.5 * share) * loss + 0.5 * share * F.cross_entropy(worst, labels)
-        objective = loss + config.penalty_weight * penalty if contractive else loss
-        with torch.no_grad():
-            rate = self.model.contraction_rate(norm=config.norm).min()
-        values = torch.stack([loss.detach(), penalty.detach(), rate]).tolist()
-        if not all(map(math.isfinite, values)):
-            raise RunError(f"the loss is not finite at step {self.step + 1}: {values[0]}; a smaller --lr may help")
-        torch.autograd.backward(objective)
-        if config.grad_clip:
-            nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
-        self.optimizer.step()
-        return dict(zip(("loss", "penalty", "rate"), values, strict=True))
+    def _draws(self, epoch: int) -> Tensor | None:
+        """The random numbers of an epoch's augmentation, if there is any."""
+        if self.config.augmentation == "none":
+            return None
+        return augment.draw(len(self.train_labels), seed=self.config.seed, epoch=epoch).to(self.config.device)
 
-    def _save(self, metrics: _Metrics) -> None:
-        metrics.sync()  # first: a checkpoint without its metrics would lose lines
+    def _images(self, index: Tensor, draws: Tensor | None) -> Tensor:
+        images = self.train_images[index]
+        if draws is not None:
+            images = augment.augment(images, draws[index], cutout=self.config.augmentation == "crop-flip-cutout")
+        return self._as_input(images)
+
+    def _as_input(self, images: Tensor) -> Tensor:
+        layout = torch.channels_last if self.config.channels_last else torch.contiguous_format
+        return to_float(images).contiguous(memory_format=layout)
+
+    def _step(self, batch: Tensor, draws: Tensor | None) -> dict[str, float]:
+        """One optimizer step on the images of these numbers, of which this process takes its share."""
+        config, world_size = self.config, distributed.world_size()
+        if world_size > 1:
+            # Dropout: other masks in every process, and none whose generator a checkpoint would have to hold.
+            torch.manual_seed((config.seed * 1_000_003 + self.step) * world_size + distributed.rank())
+        self.objective.train()
+        self.optimizer.zero_grad()
+        certified_share = config.certified_share(self.step / self.total) if config.certified_eps else 0.0
+        parts = [distributed.share(part) for part in torch.tensor_split(batch, config.accumulate)]
+        values = torch.zeros(3, device=config.device)
+        for number, index in enumerate(parts, start=1):
+            # Weights that give the mean over the whole batch (and count the penalty once), however it is shared.
+            weight = len(index) / len(batch)
+            with distributed.gradients_averaged(self.objective, number == len(parts)):
+                objective, found = self.objective(self._images(index, draws), self.train_labels[index], certified_share)
+                torch.autograd.backward(world_size * weight * objective)  # world_size: then averaged over processes
+            values += weight * found
+        distributed.total(values)
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        if config.grad_clip:
+            norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
+        else:
+            norm = nn.utils.get_total_norm(gradients)
+        *found_values, norm_value = torch.cat([values, norm.reshape(1)]).tolist()
+        self._check_finite(found_values, norm_value)
+        self.optimizer.step()
+        if self.averaged is not None:
+            self.averaged.update_parameters(self.model)
+        return dict(zip(("loss", "penalty", "rate"), found_values, strict=True))
+
+    def _check_finite(self, values: list[float], norm: float) -> None:
+        if all(map(math.isfinite, [*values, norm])):
+            return
+        what, value = ("gradient", norm) if all(map(math.isfinite, values)) else ("loss", values[0])
+        kept = f"; the checkpoint of step {self.saved} is kept" if self.saved else ""
+        raise RunError(f"the {what} is not finite at step {self.step + 1}: {value}; a smaller --lr may help{kept}")
+
+    def _write(self, record: dict[str, float]) -> None:
+        if self.metrics is not None:
+            self.metrics.write(record)
+
+    def _save(self) -> None:
+        distributed.on_rank_0(run_folder.writing(self.folder)(self._write_checkpoint))
+        self.saved = self.step
+
+    def save_model(self) -> None:
+        distributed.on_rank_0(run_folder.writing(self.folder)(self._write_model))
+
+    def _write_checkpoint(self) -> None:
+        if self.metrics is not None:
+            self.metrics.sync()  # first: a checkpoint without its metrics would lose lines
         optimizer = self.optimizer.state_dict()
-        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        tensors = {f"{run_folder.WEIGHTS}{name}": tensor for name, tensor in self.model.state_dict().items()}
+        if self.averaged is not None:
+            averaged = self.averaged.state_dict()
+            tensors.update({f"{run_folder.AVERAGED}{name}": tensor for name, tensor in averaged.items()})
         for index, values in optimizer["state"].items():
             tensors.update({f"optimizer.{index}.{key}": value for key, value in values.items() if value is not None})
         tensors["rng.cpu"] = torch.get_rng_state()
@@ -297,135 +272,110 @@ class _Trainer:
             "step": self.step,
             "seconds": self.seconds,
             "param_groups": optimizer["param_groups"],
-            "scheduler": self.scheduler.state_dict(),
             "environment": _environment(self.config.device),
         }
-        checkpoint.save(self.folder / _CHECKPOINT, tensors, state)
+        checkpoint.save(self.folder / run_folder.CHECKPOINT, tensors, state)
+
+    def _write_model(self) -> None:
+        weights, state = self._final_model.state_dict(), {"config": dataclasses.asdict(self.config)}
+        checkpoint.save(self.folder / run_folder.MODEL, weights, state)
 
     def resume(self) -> None:
         """Go to the state of the checkpoint, if there is one."""
-        path = self.folder / _CHECKPOINT
-        if not path.exists():
-            return
+        path = self.folder / run_folder.CHECKPOINT
+        if path.exists():
+            self._load_checkpoint(path)
+        first, last = (sign * distributed.largest(sign * self.step, self.config.device) for sign in (-1, 1))
+        if first != last:
+            raise RunError(
+                f"{path} is not the same file for all processes (steps {first} to {last}): they need one run folder"
+            )
+
+    def _load_checkpoint(self, path: Path) -> None:
         tensors, state = checkpoint.load(path)
-        _check_belongs(path, state, self.config)
+        run_folder.check_belongs(path, state, self.config)
         if "step" not in state:
             raise CheckpointError(f"{path} holds weights only, no training that could go on")
-        _load_weights(path, self.model, tensors, "model.")
+        run_folder.load_weights(path, self.model, tensors, run_folder.WEIGHTS)
+        if self.averaged is not None:
+            run_folder.load_weights(path, self.averaged, tensors, run_folder.AVERAGED)
         per_parameter: dict[int, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             if name.startswith("optimizer."):
                 _, index, key = name.split(".", 2)
                 per_parameter.setdefault(int(index), {})[key] = tensor
         self.optimizer.load_state_dict({"state": per_parameter, "param_groups": state["param_groups"]})
-        self.scheduler.load_state_dict(state["scheduler"])
         torch.set_rng_state(tensors["rng.cpu"])
         if self._on_cuda:
             torch.cuda.set_rng_state(tensors["rng.cuda"], self.config.device)
-        self.step, self.seconds = state["step"], state["seconds"]
-        then, now = state["environment"], _environment(self.config.device)
+        self.step, self.saved, self.seconds = state["step"], state["step"], state["seconds"]
+        then, now = {**_ENVIRONMENT_OF_OLD, **state["environment"]}, _environment(self.config.device)
         changes = [f"{key} was {then.get(key)} and is {now[key]}" for key in now if then.get(key) != now[key]]
         if changes:
             warnings.warn(
                 f"{self.folder} continues in a changed environment ({'; '.join(changes)}): the weights may differ in "
                 f"their last bits from those of an undisturbed run",
-                stacklevel=3,
+                stacklevel=4,
             )
 
     @property
     def _on_cuda(self) -> bool:
         return torch.device(self.config.device).type == "cuda"
 
+    @property
+    def _final_model(self) -> Model:
+        """The network that training is for: with averaged weights, if they are averaged."""
+        return self.model if self.averaged is None else cast(Model, self.averaged.module)
+
+    @torch.no_grad()
+    def _accuracy(self) -> float:
+        """On the whole test set, of which every process evaluates a part."""
+        model = self._final_model.eval()
+        correct = torch.zeros((), dtype=torch.int64, device=self.config.device)
+        for x, y in zip(torch.split(self.test_images, 512), torch.split(self.test_labels, 512), strict=True):
+            if len(y):  # fewer images than processes
+                correct += (model(self._as_input(x)).argmax(1) == y).sum()
+        return int(distributed.total(correct)) / self.n_test
+
     @torch.no_grad()
     def outcome(self) -> Outcome:
-        config = self.config
+        config, model = self.config, self._final_model
         return Outcome(
             folder=self.folder,
             config=config,
             steps=self.step,
-            accuracy=_accuracy(self.model, self.test_images, self.test_labels),
-            rate=float(self.model.contraction_rate(norm=config.norm).min()),
-            penalty=float(self.model.contraction_penalty(rate=config.rate, norm=config.norm)),
+            accuracy=self._accuracy(),
+            rate=float(model.contraction_rate(norm=config.norm).min()),
+            penalty=float(model.contraction_penalty(rate=config.rate, norm=config.norm)),
             seconds_per_epoch=self.seconds / config.epochs,
         )
 
 
-class _Metrics:
-    """``metrics.jsonl`` (and TensorBoard), cut back to ``step`` when opened so that no step is written twice."""
+class _Tracked:
+    """The first test images, certified after every epoch; each process takes a part of them."""
 
-    def __init__(self, folder: Path, step: int, tensorboard: bool) -> None:
-        self._path, self._writer = folder / _METRICS, None
-        if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise RunError(
-                    f"--tensorboard needs the package tensorboard, which is not installed ({error})"
-                ) from error
-            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
-        lines = self._path.read_bytes().splitlines(keepends=True) if self._path.exists() else []
-        checkpoint.replace_file(self._path, b"".join(line for line in lines if _step_of(line) <= step))
-        self._file = open(self._path, "a")  # noqa: SIM115 (closed by __exit__)
+    def __init__(self, config: TrainConfig, images: Tensor, labels: Tensor) -> None:
+        self.eps, self.n = config.track_eps, len(labels)
+        self.images = distributed.share(images).to(config.device)
+        self.labels = distributed.share(labels).to(config.device)
+        self.model = config.build_model().to(config.device).eval()  # without layers that are there for training only
 
-    def __enter__(self) -> _Metrics:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-        if self._writer is not None:
-            self._writer.close()
-
-    def write(self, record: dict[str, float]) -> None:
-        self._file.write(json.dumps(record) + "\n")
-        if self._writer is not None:
-            for name in record.keys() - {"step"}:
-                self._writer.add_scalar(name, record[name], record["step"])
-
-    def sync(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
+    def certified(self, model: Model) -> float:
+        self.model.load_state_dict(model.state_dict())
+        count = torch.zeros((), dtype=torch.int64, device=self.labels.device)
+        if len(self.labels):
+            count += linf_certified(self.model, self.images, self.labels, self.eps).sum()
+        return int(distributed.total(count)) / self.n
 
 
-def _step_of(line: bytes) -> float:
-    """The step of a line of metrics; infinity for a line that a killed run left unfinished."""
-    try:
-        return float(json.loads(line)["step"]) if line.endswith(b"\n") else math.inf
-    except ValueError:
-        return math.inf
-
-
-class _StopSignals:
-    """Notes the first SIGINT or SIGTERM instead of acting on it, and steps aside for the second."""
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> _StopSignals:
-        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._restore()
-
-    def _note(self, number: int, _: FrameType | None) -> None:
-        self.signal = number
-        self._restore()
-
-    def _restore(self) -> None:
-        while self._previous:
-            signal.signal(*self._previous.popitem())
-
-
-@contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """A ``RunError`` for what cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        raise RunError(f"the run folder {folder} cannot be written ({error})") from error
+def _optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
+    parameters, lr, weight_decay = model.parameters(), config.scaled_lr, config.weight_decay
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(
+            parameters, lr=lr, momentum=config.momentum, weight_decay=weight_decay, nesterov=config.nesterov
+        )
+    kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
+    return kind(parameters, lr=lr, weight_decay=weight_decay)
 
 
 def check_device(device: str) -> None:
@@ -434,49 +384,6 @@ def check_device(device: str) -> None:
         torch.empty(0, device=device)
     except (AssertionError, RuntimeError) as error:  # AssertionError: PyTorch built without CUDA
         raise RunError(f"device {device!r} cannot be used ({str(error).splitlines()[0]})") from error
-
-
-def _check_belongs(path: Path, state: dict[str, Any], config: TrainConfig) -> None:
-    """A ``CheckpointError`` for a checkpoint of another configuration; fields it does not have yet are the defaults."""
-    try:
-        same = TrainConfig(**state["config"]) == config
-    except (KeyError, TypeError, ValueError):
-        same = False
-    if not same:
-        raise CheckpointError(f"{path} does not belong to the run that {path.parent / _CONFIG} describes")
-
-
-def _load_weights(path: Path, model: Model, tensors: dict[str, Tensor], prefix: str) -> None:
-    weights = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(
-            f"{path} does not fit the network that {path.parent / _CONFIG} describes ({reason})"
-        ) from error
-
-
-def _with_jacobian_penalty(model: Model, images: Tensor, rate: float) -> tuple[Tensor, Tensor]:
-    """``model(images)``, and ``jacobian_penalty`` along the trajectories of its flows, summed over these."""
-    penalties, state = [], images
-    for layer in model.layers():
-        if isinstance(layer, EulerConvFlow):
-            states = layer(state, return_trajectory=True)
-            fields = [functools.partial(layer.vector_field, k * layer.step_size) for k in range(layer.n_steps)]
-            few = states[:-1, :_JACOBIAN_IMAGES]
-            penalties.append(jacobian_penalty(fields, few, rate=rate, n_iter=_JACOBIAN_ITERATIONS))
-            state = states[-1]
-        else:
-            state = layer(state)
-    return state, torch.stack(penalties).sum()
-
-
-@torch.no_grad()
-def _accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    model.eval()
-    batches = zip(torch.split(images, 512), torch.split(labels, 512), strict=True)
-    return sum(int((model(x).argmax(1) == y).sum()) for x, y in batches) / len(labels)
 
 
 def _environment(device: str) -> dict[str, Any]:
@@ -488,6 +395,7 @@ def _environment(device: str) -> dict[str, Any]:
         "robust_node_fast": info["robust_node_fast"],
         "torch": info["torch"],
         "device": device,
+        "processes": distributed.world_size(),
         "threads": torch.get_num_threads(),
         "runs on": implementations,
     }

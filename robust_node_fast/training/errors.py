@@ -1,0 +1,19 @@
+"""What can end a training run."""
+
+from __future__ import annotations
+
+import signal
+
+__all__ = ["Interrupted", "RunError"]
+
+
+class RunError(RuntimeError):
+    """A run cannot go on; the message is one sentence that says why."""
+
+
+class Interrupted(RuntimeError):
+    """SIGINT or SIGTERM ended ``fit`` after a checkpoint; ``signal`` is its number."""
+
+    def __init__(self, number: int, step: int, total: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name} after step {step} of {total}")
+        self.signal = number
