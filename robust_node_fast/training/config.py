@@ -267,8 +267,8 @@ _CONTRACTIVE: Mapping[str, Mapping[str, Any]] = {
     },
 }
 
-# Many images at once, for many cores, one card or several. AdamW because in trials of 60 steps on one seed the penalised
-# network's loss fell with it and hardly with the paper's clipped SGD. Not yet run to its end.
+# Many images at once, for many cores, one card or several. AdamW because in trials of 60 steps on one seed the loss
+# beside the penalty fell with it and hardly with the paper's clipped SGD. Not yet run to its end.
 _LARGE_BATCH: Mapping[str, Mapping[str, Any]] = {
     "cifar10": {
         **_CONTRACTIVE["cifar10"],
