@@ -31,13 +31,17 @@ _NEAR = math.log(2.0)
 
 def smooth_leaky_relu(input: Tensor, negative_slope: float = 0.1) -> Tensor:
     """``negative_slope * input + (1 - negative_slope) * softplus(input)``, finite for every finite input."""
-    return negative_slope * input + (1.0 - negative_slope) * F.softplus(input, threshold=_SOFTPLUS_THRESHOLD)
+    return negative_slope * input + (1.0 - negative_slope) * _softplus(input)
+
+
+def _softplus(input: Tensor) -> Tensor:
+    return F.softplus(input, threshold=_SOFTPLUS_THRESHOLD)
 
 
 def softplus_increment(delta: Tensor, anchor: Tensor) -> Tensor:
     """``softplus(anchor + delta) - softplus(anchor)``, near 0 as ``log1p(sigmoid(anchor) expm1(delta))``."""
     near = delta.clamp(-_NEAR, _NEAR)
-    beyond = smooth_leaky_relu(anchor + delta, 0.0) - smooth_leaky_relu(anchor + near, 0.0)
+    beyond = _softplus(anchor + delta) - _softplus(anchor + near)
     # No branch: where delta is near, the same number is subtracted from itself.
     return torch.log1p(torch.sigmoid(anchor) * torch.expm1(near)) + beyond
 
