@@ -283,14 +283,16 @@ def contraction_penalty_backward(grad_output: Tensor, weight: Tensor, coefficien
     return grad_weight
 
 
+# In kept memory, as one training step asks for it a dozen times: fresh pages took a quarter of a step of 100 classes.
 def _rise(input: Tensor, anchor: Tensor, tangent: bool) -> Tensor:
-    output = input.new_empty(input.shape)
+    output = _kept(tuple(input.shape), dtype=input.dtype, device=input.device)
     _increment(input.contiguous(), anchor.contiguous(), tangent, output)
     return output
 
 
 def _rise_backward(grad_output: Tensor, input: Tensor, anchor: Tensor, tangent: bool) -> tuple[Tensor, Tensor]:
-    grad_input, grad_anchor = input.new_empty(input.shape), anchor.new_empty(anchor.shape)
+    grad_input = _kept(tuple(input.shape), dtype=input.dtype, device=input.device)
+    grad_anchor = anchor.new_empty(anchor.shape)
     _increment_backward(
         grad_output.contiguous(), input.contiguous(), anchor.contiguous(), tangent, grad_input, grad_anchor
     )
