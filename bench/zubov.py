@@ -28,7 +28,7 @@ from torch import Tensor
 import robust_node_fast as rnf
 from robust_node_fast import zubov
 from robust_node_fast.bench.plot import BLUE, GREEN, ORANGE
-from robust_node_fast.bench.run import processor
+from robust_node_fast.bench.run import machine
 from robust_node_fast.zubov import ConvexLyapunov, reference
 
 OURS, LOOP, JVP, PER_CLASS = "robust_node_fast", "loop", "torch.func.jvp", "loop over classes"
@@ -211,7 +211,7 @@ def main(
         size = f"K={row.classes} depth={row.depth} rays={row.rays}"
         print(f"{row.work:22} {row.sweep:11} {row.provider:17} {size:24} {row.p50_ms:10.2f} ms {ratio}")
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    about = [processor(), threads, torch.__version__, rnf.__version__, now]
+    about = [machine(), threads, torch.__version__, rnf.__version__, now]
     output.parent.mkdir(parents=True, exist_ok=True)
     with output.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -219,7 +219,7 @@ def main(
         for row in rows:
             cells = [f"{cell:.4g}" if isinstance(cell, float) else cell for cell in row]
             writer.writerow([*cells, DIM, *about])
-    draw(rows, picture, f"{processor()}, {threads} thread, torch {torch.__version__}, {now[:10]}")
+    draw(rows, picture, f"{machine()}, {threads} thread, torch {torch.__version__}, {now[:10]}")
 
 
 if __name__ == "__main__":

@@ -250,6 +250,54 @@ void activation(std::optional<Tensor> grad_output, Tensor input, double negative
   });
 }
 
+// Rows of deltas (with `tangent`, and of as many tangents behind them); one anchor a row.
+struct Rows {
+  int64_t rows, columns;
+};
+
+Rows anchored_rows(const Tensor& input, const Tensor& anchor, bool tangent) {
+  STD_TORCH_CHECK(input.dim() > 0, "input: expected rows");
+  const int64_t rows = anchor.numel(), width = input.size(input.dim() - 1);
+  STD_TORCH_CHECK(!tangent || width % 2 == 0, "input: expected as many tangents as deltas");
+  check_count(input, rows * width, "input");
+  return {rows, tangent ? width / 2 : width};
+}
+
+void increment(Tensor input, Tensor anchor, bool tangent, Tensor output) {
+  const Rows rows = anchored_rows(input, anchor, tangent);
+  check_count(output, input.numel(), "output");
+  with_type(input, [&](auto type) {
+    using T = decltype(type);
+    const rnf::Increment<T> p{rows.rows,
+                              rows.columns,
+                              tangent,
+                              dense<const T>(input, "input"),
+                              dense<const T>(anchor, "anchor"),
+                              dense<T>(output, "output")};
+    rnf::kernels().of<T>().increment(p, parallel());
+  });
+}
+
+void increment_backward(Tensor grad_output, Tensor input, Tensor anchor, bool tangent, Tensor grad_input,
+                        Tensor grad_anchor) {
+  const Rows rows = anchored_rows(input, anchor, tangent);
+  check_count(grad_output, input.numel(), "grad_output");
+  check_count(grad_input, input.numel(), "grad_input");
+  check_count(grad_anchor, anchor.numel(), "grad_anchor");
+  with_type(input, [&](auto type) {
+    using T = decltype(type);
+    const rnf::IncrementBackward<T> p{rows.rows,
+                                      rows.columns,
+                                      tangent,
+                                      dense<const T>(grad_output, "grad_output"),
+                                      dense<const T>(input, "input"),
+                                      dense<const T>(anchor, "anchor"),
+                                      dense<T>(grad_input, "grad_input"),
+                                      dense<T>(grad_anchor, "grad_anchor")};
+    rnf::kernels().of<T>().increment_backward(p, parallel());
+  });
+}
+
 void contraction_penalty(Tensor weight, double rate, double slope_low, double slope_high, int64_t norm,
                          int64_t reduction, Tensor value, Tensor coefficients) {
   const int64_t last = weight.dim() - 1, steps = weight.dim() == 5 ? weight.size(0) : 1;
@@ -321,6 +369,10 @@ STABLE_TORCH_LIBRARY(robust_node_fast_cpu, m) {
   m.def(
       "contraction_penalty_backward(Tensor grad_output, Tensor weight, Tensor coefficients, Tensor(a!) grad_weight) -> "
       "()");
+  m.def("increment(Tensor input, Tensor anchor, bool tangent, Tensor(a!) output) -> ()");
+  m.def(
+      "increment_backward(Tensor grad_output, Tensor input, Tensor anchor, bool tangent, Tensor(a!) grad_input, "
+      "Tensor(b!) grad_anchor) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(robust_node_fast_cpu, CPU, m) {
@@ -331,6 +383,8 @@ STABLE_TORCH_LIBRARY_IMPL(robust_node_fast_cpu, CPU, m) {
   m.impl("activation", TORCH_BOX(&activation));
   m.impl("contraction_penalty", TORCH_BOX(&contraction_penalty));
   m.impl("contraction_penalty_backward", TORCH_BOX(&contraction_penalty_backward));
+  m.impl("increment", TORCH_BOX(&increment));
+  m.impl("increment_backward", TORCH_BOX(&increment_backward));
 }
 
 // Python's hold on memory that later calls use again (memory.h).

@@ -58,6 +58,11 @@ _SCHEMAS = {
         "(Tensor weight, float rate, float slope_low, float slope_high, str norm, str reduction) -> (Tensor, Tensor)"
     ),
     "contraction_penalty_backward": "(Tensor grad_output, Tensor weight, Tensor coefficients) -> Tensor",
+    # (..., N) and an anchor (..., 1); `both` is (..., 2 N), deltas and then tangents. The gradients of both inputs.
+    "softplus_increment": "(Tensor delta, Tensor anchor) -> Tensor",
+    "softplus_increment_backward": "(Tensor grad_output, Tensor delta, Tensor anchor) -> (Tensor, Tensor)",
+    "softplus_increment_and_tangent": "(Tensor both, Tensor anchor) -> Tensor",
+    "softplus_increment_and_tangent_backward": ("(Tensor grad_output, Tensor both, Tensor anchor) -> (Tensor, Tensor)"),
 }
 
 
@@ -128,6 +133,10 @@ _DIFFERENTIABLE: dict[str, Callable[..., Any]] = {
     "activated_conv_bound": reference.bound_of_activated_conv,
     "contraction_penalty": _reference_penalty,
     "contraction_penalty_backward": reference.contraction_penalty_backward,
+    "softplus_increment": reference.softplus_increment,
+    "softplus_increment_backward": reference.softplus_increment_backward,
+    "softplus_increment_and_tangent": reference.softplus_increment_and_tangent,
+    "softplus_increment_and_tangent_backward": reference.softplus_increment_and_tangent_backward,
 }
 
 
@@ -219,6 +228,14 @@ def _fake_penalty_backward(grad_output: Tensor, weight: Tensor, coefficients: Te
     return weight.new_empty(weight.shape)
 
 
+def _fake_increment(input: Tensor, anchor: Tensor) -> Tensor:
+    return input.new_empty(input.shape)
+
+
+def _fake_increment_backward(grad_output: Tensor, input: Tensor, anchor: Tensor) -> tuple[Tensor, Tensor]:
+    return input.new_empty(input.shape), anchor.new_empty(anchor.shape)
+
+
 _FAKES: dict[str, Callable[..., Any]] = {
     "smooth_leaky_relu": _fake_like_input,
     "smooth_leaky_relu_backward": _fake_like_second,
@@ -231,6 +248,10 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "activated_conv_bound": _fake_conv_bound,
     "contraction_penalty": _fake_penalty,
     "contraction_penalty_backward": _fake_penalty_backward,
+    "softplus_increment": _fake_increment,
+    "softplus_increment_backward": _fake_increment_backward,
+    "softplus_increment_and_tangent": _fake_increment,
+    "softplus_increment_and_tangent_backward": _fake_increment_backward,
 }
 
 
@@ -244,7 +265,9 @@ def _deciding(name: str) -> tuple[int, int | None]:
     data = 1 if name.endswith("_backward") else 0
     if name.endswith("_bound"):
         return data, 2
-    return data, None if name.startswith("smooth") else data if name.startswith("contraction") else data + 1
+    return data, None if name.startswith(("smooth", "softplus")) else data if name.startswith(
+        "contraction"
+    ) else data + 1
 
 
 def _kernel(name: str) -> Callable[..., Any]:
@@ -302,6 +325,8 @@ euler_conv_flow = _OPS.euler_conv_flow.default
 euler_conv_flow_saving = _OPS.euler_conv_flow_saving.default
 euler_conv_flow_bound = _OPS.euler_conv_flow_bound.default
 activated_conv_bound = _OPS.activated_conv_bound.default
+softplus_increment = _OPS.softplus_increment.default
+softplus_increment_and_tangent = _OPS.softplus_increment_and_tangent.default
 _contraction_penalty = _OPS.contraction_penalty.default
 
 
@@ -444,6 +469,11 @@ def _penalty_gradient(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Any, ...]:
     return _contraction_penalty_backward(grad, weight, coefficients), None, None, None, None, None
 
 
+def _increment_gradient(name: str) -> Callable[..., Any]:
+    gradient = _gradient_op(name)
+    return lambda ctx, grad: gradient(grad, *ctx.saved_tensors)
+
+
 def _through_reference(name: str, tensors: int) -> Callable[..., Any]:
     """Gradient of an op without a fused one, backward ops among them: differentiate its reference."""
 
@@ -484,6 +514,8 @@ _register_autograd("euler_conv_step", _step_gradient, _saves(0, 1, 2))
 _register_autograd("euler_conv_flow", _flow_gradient, _saves(0, 1, 2))
 _register_autograd("euler_conv_flow_saving", _saving_flow_gradient, _save_flow)
 _register_autograd("contraction_penalty", _penalty_gradient, _save_penalty)
+for _name in ("softplus_increment", "softplus_increment_and_tangent"):
+    _register_autograd(_name, _increment_gradient(_name), _saves(0, 1))
 for _name, _tensors in (
     ("euler_conv_flow_bound", 4),
     ("activated_conv_bound", 4),
@@ -491,6 +523,8 @@ for _name, _tensors in (
     ("euler_conv_step_backward", 4),
     ("euler_conv_flow_backward", 4),
     ("contraction_penalty_backward", 3),
+    ("softplus_increment_backward", 3),
+    ("softplus_increment_and_tangent_backward", 3),
 ):
     _register_autograd(_name, _through_reference(_name, _tensors), _saves(*range(_tensors)))
 

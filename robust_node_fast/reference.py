@@ -9,6 +9,7 @@ Source: Zakwan, Xu, Ferrari-Trecate, arXiv 2508.11432.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -19,6 +20,9 @@ from torch import Tensor, nn
 # cannot overflow float32. PyTorch's default threshold of 20 is only good to 2e-9.
 _SOFTPLUS_THRESHOLD = 40.0
 
+# Up to here the difference of two softplus would cancel.
+_NEAR = math.log(2.0)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Functions
@@ -27,7 +31,25 @@ _SOFTPLUS_THRESHOLD = 40.0
 
 def smooth_leaky_relu(input: Tensor, negative_slope: float = 0.1) -> Tensor:
     """``negative_slope * input + (1 - negative_slope) * softplus(input)``, finite for every finite input."""
-    return negative_slope * input + (1.0 - negative_slope) * F.softplus(input, threshold=_SOFTPLUS_THRESHOLD)
+    return negative_slope * input + (1.0 - negative_slope) * _softplus(input)
+
+
+def _softplus(input: Tensor) -> Tensor:
+    return F.softplus(input, threshold=_SOFTPLUS_THRESHOLD)
+
+
+def softplus_increment(delta: Tensor, anchor: Tensor) -> Tensor:
+    """``softplus(anchor + delta) - softplus(anchor)``, near 0 as ``log1p(sigmoid(anchor) expm1(delta))``."""
+    near = delta.clamp(-_NEAR, _NEAR)
+    beyond = _softplus(anchor + delta) - _softplus(anchor + near)
+    # No branch: where delta is near, the same number is subtracted from itself.
+    return torch.log1p(torch.sigmoid(anchor) * torch.expm1(near)) + beyond
+
+
+def softplus_increment_and_tangent(both: Tensor, anchor: Tensor) -> Tensor:
+    """``softplus_increment(delta)`` and ``sigmoid(anchor + delta) * tangent``, side by side as these are."""
+    delta, tangent = both.chunk(2, -1)
+    return torch.cat([softplus_increment(delta, anchor), torch.sigmoid(anchor + delta) * tangent], -1)
 
 
 def euler_conv_step(
@@ -220,6 +242,22 @@ def activated_conv_bound(
 def smooth_leaky_relu_backward(grad_output: Tensor, input: Tensor, negative_slope: float) -> Tensor:
     """``grad_output * (a + (1 - a) * sigmoid(input))``."""
     return grad_output * (negative_slope + (1.0 - negative_slope) * torch.sigmoid(input))
+
+
+def softplus_increment_backward(grad_output: Tensor, delta: Tensor, anchor: Tensor) -> tuple[Tensor, Tensor]:
+    """``g * slope`` and the sum of ``g * (slope - sigmoid(anchor))``, with ``slope = sigmoid(anchor + delta)``."""
+    slope = torch.sigmoid(anchor + delta)
+    return slope * grad_output, ((slope - torch.sigmoid(anchor)) * grad_output).sum(-1, keepdim=True)
+
+
+def softplus_increment_and_tangent_backward(grad_output: Tensor, both: Tensor, anchor: Tensor) -> tuple[Tensor, Tensor]:
+    """The increment's and ``slope * g`` for the tangent, which times ``tangent * (1 - slope)`` adds to the others."""
+    delta, tangent = both.chunk(2, -1)
+    grad_increment, grad_rate = grad_output.chunk(2, -1)
+    grad_delta, grad_anchor = softplus_increment_backward(grad_increment, delta, anchor)
+    grad_tangent = torch.sigmoid(anchor + delta) * grad_rate
+    curved = grad_tangent * tangent * torch.sigmoid(-anchor - delta)
+    return torch.cat([grad_delta + curved, grad_tangent], -1), grad_anchor + curved.sum(-1, keepdim=True)
 
 
 def euler_conv_flow_saving(

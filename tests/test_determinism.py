@@ -9,7 +9,7 @@ import torch
 from helpers import assert_finite, gradients, needs_kernels, random_filters, random_state
 from torch import Tensor
 
-from robust_node_fast import functional
+from robust_node_fast import _ops, functional
 
 # needs_kernels: what the reference runs on, PyTorch's convolution, splits its weight gradient by threads.
 
@@ -84,6 +84,18 @@ def test_activation_and_penalty_for_any_number_of_threads() -> None:
         activation = gradients(functional.smooth_leaky_relu, [input], torch.ones_like(input))
         penalty = gradients(lambda w: functional.contraction_penalty(w, rate=2.0), [weight], torch.tensor(1.0))
         runs.append([*activation, *penalty])
+    same_bits(runs)
+
+
+@needs_kernels
+@pytest.mark.parametrize("rows", [1, 37, 900])
+@pytest.mark.parametrize("op", [_ops.softplus_increment, _ops.softplus_increment_and_tangent])
+def test_increment_for_any_number_of_threads(op: Any, rows: int) -> None:
+    input, anchor, grad_output = torch.randn(2, rows, 66), torch.randn(2, rows, 1), torch.randn(2, rows, 66)
+    runs = []
+    for threads in (1, 2, 4, 3, 1):
+        torch.set_num_threads(threads)
+        runs.append(gradients(op, [input, anchor], grad_output))
     same_bits(runs)
 
 

@@ -10,7 +10,7 @@ from helpers import LAYOUTS, NORMS, REDUCTIONS, assert_close, gradients, random_
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from robust_node_fast import functional, reference
+from robust_node_fast import _ops, functional, reference
 
 # (shared weights, whole trajectory, kernel)
 FLOWS = [(False, False, 3), (False, True, 3), (True, False, 3), (True, True, 1), (False, False, 5), (False, True, 1)]
@@ -211,3 +211,14 @@ def test_inputs_are_never_changed() -> None:
     gradients(flow(False, True), [input, weight, bias], torch.randn(3, 2, 8, 5, 6))
     for now, before in zip((input, weight, bias), copies, strict=True):
         assert torch.equal(now, before)
+
+
+@pytest.mark.parametrize("op", [_ops.softplus_increment, _ops.softplus_increment_and_tangent])
+@pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True)])
+def test_increment(op: Any, wanted: tuple[bool, bool]) -> None:
+    """Both orders, at 0 and on both sides of where the formula changes."""
+    input, anchor = 2 * torch.randn(2, 3, 10, dtype=torch.float64), torch.randn(2, 3, 1, dtype=torch.float64)
+    input[0, :, 0], input[1, :, 1], input[1, :, 2] = 0.0, 0.69, -0.7
+    leaves = [t.requires_grad_(want) for t, want in zip((input, anchor), wanted, strict=True)]
+    assert gradcheck(op, leaves)
+    assert gradgradcheck(op, leaves)

@@ -35,7 +35,7 @@ from helpers import (
 from hypothesis import given, settings
 from torch import Tensor
 
-from robust_node_fast import backend_info, functional, reference
+from robust_node_fast import _ops, backend_info, functional, reference
 
 ULPS = 8
 FLOAT64_TOLERANCE = 1e-12
@@ -542,3 +542,113 @@ def test_lipschitz_bound_holds_for_the_step_itself() -> None:
         growth = (fx - fy).flatten(1).abs().amax(1) / (x - y).flatten(1).abs().amax(1)
         assert_finite(growth)
         assert (growth <= factor * (1 + 1e-9)).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How far softplus rises from an anchor
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def sigmoid(u: Any) -> Any:
+    return np.exp(-np.logaddexp(0, -u))
+
+
+def rise(anchor: Any, delta: Any) -> Any:
+    """``softplus(anchor + delta) - softplus(anchor)``, correct to a few units of numpy's widest numbers."""
+    near = np.log1p(sigmoid(anchor) * np.expm1(np.clip(delta, -1, 1)))
+    upper = delta + np.log1p(np.exp(-np.abs(anchor + delta))) - np.log1p(np.exp(-np.abs(anchor)))
+    beyond = np.where(
+        (anchor > 0) & (anchor + delta > 0), upper, np.logaddexp(0, anchor + delta) - np.logaddexp(0, anchor)
+    )
+    return np.where(np.abs(delta) <= 1, near, beyond)
+
+
+def rise_of_slope(anchor: Any, delta: Any) -> Any:
+    """``sigmoid(anchor + delta) - sigmoid(anchor)``."""
+    near = sigmoid(anchor + delta) * sigmoid(-anchor) * -np.expm1(-np.clip(delta, -1, 1))
+    return np.where(np.abs(delta) <= 1, near, sigmoid(anchor + delta) - sigmoid(anchor))
+
+
+def anything() -> Any:
+    """Numbers of all sizes that matter: down to 1e-30, up to 1e4, and around where exp and the formula change."""
+    size = st.floats(-30, 4).map(lambda exponent: 10.0**exponent)
+    return st.one_of(size, size.map(lambda x: -x), st.floats(-1, 1), st.floats(-100, 100), st.just(0.0))
+
+
+@given(
+    dtype=st.sampled_from((torch.float32, torch.float64)),
+    anchors=st.lists(st.one_of(st.floats(-100, 100), st.floats(-1e4, 1e4)), min_size=1, max_size=5),
+    deltas=st.lists(anything(), min_size=1, max_size=40),
+    seed=st.integers(0, 2**31 - 1),
+)
+@settings(max_examples=150)
+def test_increment(dtype: torch.dtype, anchors: list[float], deltas: list[float], seed: int) -> None:
+    """Value, rate and gradients to a few units in the last place; near 0 relative to how far it is."""
+    torch.manual_seed(seed)
+    delta = torch.tensor(deltas, dtype=dtype).expand(1, len(anchors), -1)
+    anchor = torch.tensor(anchors, dtype=dtype).view(1, -1, 1)
+    tangent = torch.randn_like(delta)
+    leaves = [torch.cat([delta, tangent], -1).requires_grad_(), anchor.requires_grad_()]
+    both = _ops.softplus_increment_and_tangent(*leaves)
+    g = torch.randn_like(both)
+    found, rate, grad_delta, grad_tangent = (
+        part for t in (both, torch.autograd.grad(both, leaves[0], g, retain_graph=True)[0]) for part in t.chunk(2, -1)
+    )
+    (grad_anchor,) = torch.autograd.grad(both, leaves[1], g)
+
+    d, a, t, g1, g2 = (x.detach().numpy().astype(np.longdouble) for x in (delta, anchor, tangent, *g.chunk(2, -1)))
+    info = torch.finfo(dtype)
+    eps = max(info.eps, 2 * float(np.finfo(np.longdouble).eps))
+
+    def check(found: Tensor, exact: Any, size: Any, units: float = 4.0) -> None:
+        error = np.abs(found.detach().numpy().astype(np.longdouble) - exact)
+        nothing = 100 * info.tiny  # where exp would leave the normal numbers it stays on their edge
+        assert (error <= units * eps * size + nothing).all(), float((error / (eps * size + nothing)).max())
+
+    u, steps = a + d, np.abs(d)
+    slope, falling = sigmoid(u), 1 + np.abs(u) * sigmoid(-u)  # where u's rounding counts, the slope is exp(u)
+    curved = slope * sigmoid(-u) * t * g2
+    around = 2 * (1 + np.abs(u)) * np.abs(curved)
+    assert (found[delta == 0] == 0).all()
+    beyond = np.abs(a) * (steps > 0.5)
+    check(found, rise(a, d), steps if COMPILED else steps + beyond)
+    check(rate, slope * t, slope * falling * np.abs(t))
+    check(grad_tangent, slope * g2, slope * falling * np.abs(g2))
+    check(grad_delta, slope * g1 + curved, slope * falling * np.abs(g1) + around)
+    total = np.minimum(steps, 1) if COMPILED else 1.0
+    exact = (rise_of_slope(a, d) * g1 + curved).sum(-1, keepdims=True)
+    check(grad_anchor, exact, (total * np.abs(g1) + around).sum(-1, keepdims=True), 16.0)
+
+    alone = [delta.contiguous().requires_grad_(), leaves[1]]
+    increment = _ops.softplus_increment(*alone)
+    assert torch.equal(increment, found)
+    first, second = torch.autograd.grad(increment, alone, g.chunk(2, -1)[0])
+    check(first, slope * g1, slope * falling * np.abs(g1))
+    exact = (rise_of_slope(a, d) * g1).sum(-1, keepdims=True)
+    check(second, exact, (total * np.abs(g1)).sum(-1, keepdims=True), 16.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("columns", [1, 4, 50])
+def test_increment_without_surprises(dtype: torch.dtype, columns: int) -> None:
+    """NaN stays in its place, infinity has its limits, and what is finite gives what is finite."""
+    largest = torch.finfo(dtype).max
+    anchor = torch.tensor([-1e4, -3.0, 0.0, 3.0, 1e4], dtype=dtype).view(1, 5, 1)
+    for value in (0.0, 1e4, -1e4, 0.5 * largest, -largest, torch.inf, -torch.inf, torch.nan):
+        delta = torch.randn(1, 5, columns, dtype=dtype)
+        delta[..., columns // 2] = value
+        tangent = torch.ones_like(delta)
+        leaves = [torch.cat([delta, tangent], -1).requires_grad_(), anchor.clone().requires_grad_()]
+        increment, rate = _ops.softplus_increment_and_tangent(*leaves).chunk(2, -1)
+        first, second = torch.autograd.grad(increment.sum() + rate.sum(), leaves)
+        for result in (increment, rate, first[..., :columns], first[..., columns:]):
+            assert torch.equal(result.isnan(), delta.isnan())
+        assert torch.equal(increment.isposinf(), delta.isposinf())
+        assert (rate[~delta.isnan()] >= 0).all()
+        assert (rate[~delta.isnan()] <= 1).all()
+        assert second.isfinite().all() == (not delta.isnan().any())
+        at = increment[..., columns // 2]
+        if value in (-largest, -torch.inf):
+            assert_close(at, -reference.smooth_leaky_relu(anchor, 0.0)[..., 0], 1e-6)
+    delta = torch.linspace(-3, 3, columns, dtype=dtype).expand(1, 5, columns)
+    assert _ops.softplus_increment(delta, torch.full_like(anchor, torch.nan)).isnan().all()

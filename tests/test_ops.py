@@ -173,3 +173,23 @@ def test_penalty_and_its_backward(norm: str, reduction: str, steps: int | None) 
         OPS.contraction_penalty_backward.default,
         (torch.rand_like(value).requires_grad_(), weight, coefficients.requires_grad_()),
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["softplus_increment", "softplus_increment_and_tangent"])
+@pytest.mark.parametrize(
+    ("input", "anchor"),
+    [
+        (torch.randn(2, 3, 10), torch.randn(2, 3, 1)),
+        (torch.randn(3, 2, 34).transpose(0, 1), torch.randn(2, 5, 3)[:, 1, :, None]),
+        (torch.randn(2, 4, 9, 3)[..., 1].mT[..., ::2], torch.randn(2, 1, 1).expand(2, 9, 1)),
+        (torch.randn(0, 3, 4), torch.randn(0, 3, 1)),
+        (torch.randn(2, 3, 0), torch.randn(2, 3, 1)),
+    ],
+    ids=["contiguous", "transposed", "strided", "no rows", "no columns"],
+)
+def test_increment_and_its_backward(name: str, input: Tensor, anchor: Tensor, dtype: torch.dtype) -> None:
+    tensors = [t.detach().to(dtype).requires_grad_() for t in (input, anchor)]
+    torch.library.opcheck(getattr(OPS, name).default, tensors)
+    grad_output = torch.randn(input.shape, dtype=dtype, requires_grad=True)
+    torch.library.opcheck(getattr(OPS, f"{name}_backward").default, (grad_output, *tensors))

@@ -206,8 +206,12 @@ def test_what_triton_takes_and_why_not_the_rest() -> None:
     assert "float64" in (reason("cuda", torch.float64, 3) or "")
     assert "7" in (reason("cuda", torch.float32, 7) or "")
     assert "not cpu" in (reason("cpu", torch.float32, 3) or "")
-    # A certificate's bounds run as PyTorch ops on a card.
-    assert set(backend.implementations) == {op for op in _backends._REFERENCE if not op.endswith("_bound")}
+    # A certificate's bounds and what Lyapunov functions are made of run as PyTorch ops on a card.
+    plain = {op for op in _backends._REFERENCE if op.endswith("_bound") or op.startswith("softplus_")}
+    assert set(backend.implementations) == set(_backends._REFERENCE) - plain
+    for op in plain:
+        call = _backends.Call(op, "cuda", torch.float32, 3 if op.endswith("_bound") else None)
+        assert backend.refuses(call) == f"has no kernel for {op}"
 
 
 def test_a_triton_that_cannot_be_imported_is_unavailable() -> None:

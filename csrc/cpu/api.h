@@ -140,6 +140,28 @@ struct Activation {
   T* output;
 };
 
+// softplus(anchor + delta) - softplus(anchor) of rows that have an anchor each. With `tangent` a row is `columns`
+// deltas and behind them as many tangents, and its result has sigmoid(anchor + delta) times those behind it.
+template <class T>
+struct Increment {
+  int64_t rows, columns;
+  bool tangent;
+  const T* input;
+  const T* anchor;
+  T* output;
+};
+
+template <class T>
+struct IncrementBackward {
+  int64_t rows, columns;
+  bool tangent;
+  const T* grad_output;
+  const T* input;
+  const T* anchor;
+  T* grad_input;
+  T* grad_anchor;
+};
+
 // One instruction set's kernels.
 template <class T>
 struct KernelsOf {
@@ -150,6 +172,8 @@ struct KernelsOf {
   void (*activation)(const Activation<T>&, const Parallel&);
   void (*contraction_penalty)(const Penalty<T>&, const Parallel&);
   void (*contraction_penalty_backward)(const PenaltyBackward<T>&, const Parallel&);
+  void (*increment)(const Increment<T>&, const Parallel&);
+  void (*increment_backward)(const IncrementBackward<T>&, const Parallel&);
 };
 
 struct Kernels {

@@ -161,16 +161,18 @@ class ConvexLyapunov(nn.Module):
                 shifts.append(shift(context))
                 gates.append(1.0 + gate(context))
             anchor, keys = anchor + torch.stack(shifts, 1), keys * torch.stack(gates, 1).unsqueeze(2)
-        # split and unbind: the gradient of an indexed tensor is a zero tensor of full size, for every index.
-        lower, last = torch.split(keys * keys.shape[-1] ** -0.5, [self.depth - 1, 1], 1)
-        attention = torch.softmax(self.query @ lower.mT, -1).unbind(1)
-        readout = torch.softmax(self.readout_query @ last.squeeze(1).mT, -1) * self.log_scale.exp()[:, None, None]
-        anchors = anchor.unsqueeze(-1).unbind(1)
-        through = [torch.sigmoid(anchors[-1]) * readout.mT]  # d g / d pre-activations at x*, the last layer's first
-        for layer_attention, layer_anchor in zip(attention[::-1], anchors[-2::-1], strict=True):
-            through.append(torch.sigmoid(layer_anchor) * (layer_attention.mT @ through[-1]))
+        # unbind: the gradient of an indexed tensor is a zero tensor of full size, for every index. Before the softmax:
+        # gradients of scores would be put together in a larger copy than those of queries and keys.
+        *lower, last = (keys * keys.shape[-1] ** -0.5).unbind(1)
+        attention = tuple(torch.softmax(q @ k.mT, -1) for q, k in zip(self.query.unbind(1), lower, strict=True))
+        readout = torch.softmax(self.readout_query @ last.mT, -1) * self.log_scale.exp()[:, None, None]
+        anchor = anchor.unsqueeze(-1)
+        slopes = torch.sigmoid(anchor).unbind(1)
+        through = [slopes[-1] * readout.mT]  # d g / d pre-activations at x*, the last layer's first
+        for layer_attention, layer_slope in zip(attention[::-1], slopes[-2::-1], strict=True):
+            through.append(layer_slope * (layer_attention.mT @ through[-1]))
         gradient = self.input_weight.mT @ torch.cat(through[::-1], 1)
-        return Coefficients(self.input_weight, attention, readout, anchors, gradient)
+        return Coefficients(self.input_weight, attention, readout, anchor.unbind(1), gradient)
 
     def values(self, coefficients: Coefficients, offset: Tensor) -> Tensor:
         """V at ``x* + offset``: ``(K, N, dim) -> (K, N)``.
@@ -197,11 +199,11 @@ class ConvexLyapunov(nn.Module):
     ) -> Tensor:
         """``p.(z_L(x) - z_L(x*)) - grad g(x*).(x - x*)``, not negative but for rounding: ``(K, N, dim) -> (K, N)``."""
         weight, attention, readout, anchor, gradient = coefficients
-        # B_l (x - x*) for all layers and classes in one product
-        drive = torch.unflatten(weight @ offset.mT, 1, (self.depth, self.width)).unbind(1)
-        rise = activation(drive[0], anchor[0])
-        for layer_attention, layer_drive, layer_anchor in zip(attention, drive[1:], anchor[1:], strict=True):
-            rise = activation(torch.baddbmm(layer_drive, layer_attention, rise), layer_anchor)
+        # B_l (x - x*) layer by layer: the gradient of all at once would be put together from the layers' in a copy
+        first, *others = torch.split(weight, self.width, 1)
+        rise = activation(first @ offset.mT, anchor[0])
+        for layer_attention, layer_weight, layer_anchor in zip(attention, others, anchor[1:], strict=True):
+            rise = activation(torch.baddbmm(layer_weight @ offset.mT, layer_attention, rise), layer_anchor)
         return (readout @ rise).squeeze(1) - (offset @ gradient).squeeze(-1)
 
     def checked(self, name: str, value: Tensor, shape: tuple[int | None, ...], expected: str) -> Tensor:

@@ -654,6 +654,64 @@ void check_activation(const rnf::Kernels& kernels, int64_t count, const rnf::Par
   }
 }
 
+// softplus(anchor + d) - softplus(anchor) and the slopes around it, from 1e-30 to 1e4.
+template <class T>
+void check_increment(const rnf::Kernels& kernels, int64_t rows, int64_t columns, bool tangent,
+                     const rnf::Parallel& parallel) {
+  const int64_t width = tangent ? 2 * columns : columns, count = rows * width;
+  const std::vector<double> random = random_values(3 * count + rows, 1.0);
+  Array<T> input(count, true), output(count, false), grad_output(count, false), grad_input(count, true);
+  Array<T> anchor(rows, true), grad_anchor(rows, false);
+  for (int64_t i = 0; i < count; ++i) {
+    const bool wide = i % width < columns && i % 3 != 0;
+    input[i] = static_cast<T>(random[i] * (wide ? std::exp(20 * random[count + i] - 10) : 1));
+    if (wide && std::fabs(input[i]) > T(1e4)) input[i] = T(-1e4);
+    grad_output[i] = static_cast<T>(random[2 * count + i]);
+  }
+  if (count > 0) input[0] = T(0);
+  for (int64_t r = 0; r < rows; ++r) anchor[r] = static_cast<T>(6 * random[3 * count + r]);
+  kernels.of<T>().increment({rows, columns, tangent, input.data(), anchor.data(), output.data()}, parallel);
+  kernels.of<T>().increment_backward(
+      {rows, columns, tangent, grad_output.data(), input.data(), anchor.data(), grad_input.data(), grad_anchor.data()},
+      parallel);
+  typedef long double Wide;
+  const auto sigmoid = [](Wide u) { return u < 0 ? std::exp(u) / (1 + std::exp(u)) : 1 / (1 + std::exp(-u)); };
+  const auto softplus = [](Wide u) { return std::fmax(u, Wide(0)) + std::log1p(std::exp(-std::fabs(u))); };
+  const double eps = sizeof(T) == 4 ? 1.2e-7 : 2.3e-16;
+  const rnf::FlowShape none{};
+  const auto check = [&](T found, Wide exact, double size, const char* what) {
+    const double error = static_cast<double>(std::fabs(static_cast<Wide>(found) - exact)),
+                 bound = 4 * eps * size + 1e-36;
+    expect(error <= bound, what, kernels.name, none, error, bound);
+  };
+  for (int64_t r = 0; r < rows; ++r) {
+    const Wide a = anchor[r];
+    Wide sum = 0;
+    double sizes = 0;
+    for (int64_t i = r * width; i < r * width + columns; ++i) {
+      const Wide d = input[i], u = a + d, slope = sigmoid(u), g = grad_output[i];
+      const Wide exact = std::fabs(d) < 1 ? std::log1p(sigmoid(a) * std::expm1(d)) : softplus(u) - softplus(a);
+      // Rounding u counts where the slope falls off: there it is exp(u).
+      const double size = static_cast<double>(slope * (1 + std::fabs(u) * (1 - slope)));
+      const double step = std::fabs(static_cast<double>(d));
+      check(output[i], exact, step, "increment");
+      Wide curved = 0;
+      if (tangent) {
+        const Wide t = input[i + columns], h = grad_output[i + columns];
+        curved = slope * (1 - slope) * t * h;
+        check(output[i + columns], slope * t, size * static_cast<double>(std::fabs(t)), "rate of an increment");
+        check(grad_input[i + columns], slope * h, size * static_cast<double>(std::fabs(h)), "tangent's gradient");
+      }
+      const double curvature = 2 * (1 + static_cast<double>(std::fabs(u))) * static_cast<double>(std::fabs(curved));
+      check(grad_input[i], slope * g + curved, size * static_cast<double>(std::fabs(g)) + curvature,
+            "delta's gradient");
+      sum += (slope - sigmoid(a)) * g + curved;
+      sizes += std::fmin(step, 1) * static_cast<double>(std::fabs(g)) + curvature;
+    }
+    check(grad_anchor[r], sum, 2 * sizes, "anchor's gradient");
+  }
+}
+
 template <class T>
 void check_penalty(const rnf::Kernels& kernels, int64_t steps, int64_t channels, int64_t kernel,
                    const rnf::Parallel& parallel) {
@@ -782,6 +840,12 @@ int main() {
       check_activation<float>(*kernels, count, kTwo);
       check_activation<double>(*kernels, count, kOne);
     }
+  for (const rnf::Kernels* kernels : sets)
+    for (const auto& size : {std::pair<int64_t, int64_t>{0, 5}, {1, 1}, {3, 0}, {5, 8}, {17, 33}, {2, 9000}, {700, 31}})
+      for (bool tangent : {false, true}) {
+        check_increment<float>(*kernels, size.first, size.second, tangent, tangent ? kOne : kTwo);
+        check_increment<double>(*kernels, size.first, size.second, tangent, tangent ? kTwo : kOne);
+      }
   for (const rnf::Kernels* kernels : sets)
     for (int64_t channels : {1, 2, 7, 16})
       for (int64_t kernel : {1, 3, 5}) {
