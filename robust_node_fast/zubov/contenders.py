@@ -80,7 +80,7 @@ class Lyapunov:
         def energy(x: Tensor) -> Tensor:
             return F.cross_entropy(net.head(x), target, reduction="none")
 
-        value, derivative = torch.func.jvp(energy, (visited,), (_field(net)(visited),))
+        value, derivative, *_ = torch.func.jvp(energy, (visited,), (_field(net)(visited),))
         return {
             "classification": F.cross_entropy(net.head(states[-1]), labels),
             "lyapunov": self.weight * (derivative + self.rate * value).relu().mean(),
@@ -118,7 +118,9 @@ def objective(method: str) -> Objective:
     _checks.choice("method", method, METHODS)
     if method == "zubov":
         return ZubovObjective(rate=1.0, reach=0.25)
-    return {"contractive": Contractive(), "lyanet": Lyapunov()}.get(method, CrossEntropy())
+    if method == "contractive":
+        return Contractive()
+    return Lyapunov() if method == "lyanet" else CrossEntropy()
 
 
 def bare_backbone(net: nn.Module, inputs: Tensor, labels: Tensor, num_classes: int, *, seed: int) -> nn.Module:

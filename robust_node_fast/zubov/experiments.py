@@ -288,12 +288,13 @@ def _images(cell: Images, checkpoint: Path, on_progress: OnProgress, data_root: 
         batch_size=256,
         on_batch=lambda done: on_progress(f"{cell.part}/{cell.row}, seed {cell.seed}: {done} images evaluated"),
     )
-    few = slice(cell.attacked)
+    images, labels = (tensor[: cell.attacked] for tensor in test)
+    margin = {str(eps): _margin_attack(net, images, labels, eps, cell.seed) for eps in EPS[cell.part]}
     return {
         "terms": terms,
         "train_seconds": seconds,
         "bare_accuracy": accuracy(bare, *test),
-        "margin": {str(eps): _margin_attack(net, *(t[few] for t in test), eps, cell.seed) for eps in EPS[cell.part]},
+        "margin": margin,
         "report": json.loads(report.to_json()),
     }
 
