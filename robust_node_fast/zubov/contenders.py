@@ -80,10 +80,10 @@ class Lyapunov:
         def energy(x: Tensor) -> Tensor:
             return F.cross_entropy(net.head(x), target, reduction="none")
 
-        value, derivative, *_ = torch.func.jvp(energy, (visited,), (_field(net)(visited),))
+        found = torch.func.jvp(energy, (visited,), (_field(net)(visited),))
         return {
             "classification": F.cross_entropy(net.head(states[-1]), labels),
-            "lyapunov": self.weight * (derivative + self.rate * value).relu().mean(),
+            "lyapunov": self.weight * (found[1] + self.rate * found[0]).relu().mean(),
         }
 
 

@@ -21,9 +21,9 @@ COLUMNS = (
     ("FGSM 0.1", "fgsm", 0.1),
     ("PGD 0.05", "pgd", 0.05),
     ("PGD 0.1", "pgd", 0.1),
-    ("PGD 0.2", "pgd", 0.2),
     ("margin PGD 0.1", "margin", 0.1),
     ("bare backbone 0.1", "pgd on bare backbone", 0.1),
+    ("worst case 0.1", "worst case", 0.1),
     ("certified 0.05", "certified", 0.05),
 )
 
@@ -75,17 +75,18 @@ def _plane(cells: Sequence[Plane], folder: Path) -> Iterator[str]:
 
 
 def _images(cells: Sequence[Images], folder: Path) -> Iterator[str]:
-    yield f"| method | seeds | {' | '.join(heading for heading, _, _ in COLUMNS)} | s / step |"
-    yield "|---" * (len(COLUMNS) + 3) + "|"
+    yield f"| method | seeds | {' | '.join(heading for heading, _, _ in COLUMNS)} | checks held | s / step |"
+    yield "|---" * (len(COLUMNS) + 4) + "|"
     for method in dict.fromkeys(cell.row for cell in cells):
         results = [experiments.read(cell, folder) for cell in cells if cell.row == method]
         found = [result for result in results if result is not None]
         if not found:
-            yield f"| {method} | 0 | {' | '.join([MISSING] * (len(COLUMNS) + 1))} |"
+            yield f"| {method} | 0 | {' | '.join([MISSING] * (len(COLUMNS) + 2))} |"
             continue
         values = [_percent([v for r in found if (v := _value(r, name, at)) is not None]) for _, name, at in COLUMNS]
+        held = sum(r["report"]["reliable"] for r in found)
         seconds = statistics.fmean(r["train_seconds"] / r["settings"]["budget"]["steps"] for r in found)
-        yield f"| {method} | {len(found)} | {' | '.join(values)} | {seconds:.3f} |"
+        yield f"| {method} | {len(found)} | {' | '.join(values)} | {held} of {len(found)} | {seconds:.3f} |"
 
 
 def _value(found: dict[str, Any], name: str, strength: float) -> float | None:
