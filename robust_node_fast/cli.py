@@ -27,6 +27,7 @@ from robust_node_fast import reproduce as reproduction
 from robust_node_fast.certify import Summary, linf_certified, summarise
 from robust_node_fast.training import Outcome, TrainConfig, distributed
 from robust_node_fast.training.checkpoint import replace_file
+from robust_node_fast.zubov import commands as zubov_commands
 
 app = typer.Typer(
     name="rnf",
@@ -629,6 +630,13 @@ def bench(
         drawn = plot.draw(output / "flow.csv", plots or output)
     print(report.markdown(found))
     _say(f"wrote {', '.join(str(path) for path in (output / 'flow.csv', *drawn))}")
+
+
+zubov_app = typer.Typer(no_args_is_help=True, help="Zubov-Nets in the plane: train one, draw its regions.")
+app.add_typer(zubov_app, name="zubov")
+zubov_app.command("train")(_reported(zubov_commands.train))
+zubov_app.command("plot")(_reported(zubov_commands.plot))
+reproduce_app.command("zubov")(_reported(zubov_commands.reproduce))
 
 
 def main() -> None:

@@ -39,12 +39,15 @@ def zubov_losses(
     temperature: float = 1.0,
     margin: float = 0.1,
     n_rays: int = 16,
+    reach: float = 0.0,
+    floor: float | None = None,
     generator: torch.Generator | None = None,
 ) -> dict[str, Tensor]:
     """Consistency, classification and separation, each times its weight: the sum of the values is the objective.
 
     - ``consistency``: mean squares of ``zubov_residual`` of the own class's V, averaged over three kinds of points:
-      those of the trajectory, points at a uniform share of the way to the boundary, and the boundary ``V = 1``; plus
+      those of the trajectory, points at a uniform share of the way to the boundary (or a little beyond, see ``reach``),
+      and the boundary ``V = 1``; plus
       the mean of ``|f(x*)|^2``, as the equation says nothing at ``x*``, where its terms vanish whatever f is.
     - ``classification``: cross-entropy of the logits ``-V_k(x(T)) / temperature``.
     - ``separation``: mean of ``relu(1 + margin - V_j(x_b))`` over ordered pairs ``i != j`` and points ``x_b`` of the
@@ -60,6 +63,10 @@ def zubov_losses(
         rate: c of ``psi = c V``, per unit of time.
         temperature, margin: as above; > 0 and >= 0.
         n_rays: rays of each class, rounded up to a multiple of N.
+        reach: the shares go up to ``1 + reach``, >= 0. A trajectory from outside may cross a boundary on whose inner
+            side alone the equation holds: then more is attracted than is prescribed.
+        floor: divide residuals by ``V + floor``, > 0. Near ``x*`` all terms of the equation are as small as V, and
+            their squares say next to nothing about how fast, and whether, states arrive. None: the equation as it is.
         generator: of rays and shares.
 
     Returns:
@@ -75,10 +82,19 @@ def zubov_losses(
         _checks.number(name, weight)
         if weight < 0:
             raise ValueError(f"{name}={weight!r} is negative, expected a weight >= 0")
-    for name, number, least in (("rate", rate, 0.0), ("temperature", temperature, 0.0), ("margin", margin, None)):
+    for name, number, least in (
+        ("rate", rate, 0.0),
+        ("temperature", temperature, 0.0),
+        ("margin", margin, None),
+        ("reach", reach, None),
+    ):
         _checks.number(name, number)
         if number < 0 or number == least:
             raise ValueError(f"{name}={number!r} is too small, expected a float {'>=' if least is None else '>'} 0")
+    if floor is not None:
+        _checks.number("floor", floor)
+        if floor <= 0:
+            raise ValueError(f"floor={floor!r} is not positive, expected a float > 0 or None")
     _checks.count("n_rays", n_rays)
     trajectory = _check_batch(lyapunov, trajectory, labels)
     if lyapunov.num_classes < 2 and (classification or separation):
@@ -92,7 +108,7 @@ def zubov_losses(
             boundary = boundary_offsets(lyapunov, coefficients, n_rays, 1.0, generator)
         if consistency:
             found = _consistency(
-                lyapunov, coefficients, vector_field, trajectory[:-1], labels, boundary, rate, generator
+                lyapunov, coefficients, vector_field, trajectory[:-1], labels, boundary, rate, reach, floor, generator
             )
             losses["consistency"] = consistency * found
         if classification:
@@ -113,12 +129,14 @@ def _consistency(
     labels: Tensor,
     boundary: Tensor,
     rate: float,
+    reach: float,
+    floor: float | None,
     generator: torch.Generator | None,
 ) -> Tensor:
     steps, batch, dim = states.shape
     k, n_rays = boundary.shape[:2]
     share = torch.rand((k, n_rays, 1), dtype=boundary.dtype, device=boundary.device, generator=generator)
-    rays = torch.cat([share * boundary, boundary], 1)  # the first half lies inside
+    rays = torch.cat([(1.0 + reach) * share * boundary, boundary], 1)
 
     # One call of the vector field for everything: row n of `points` holds what belongs to time step n.
     on_rays = torch.unflatten(lyapunov.equilibria[:, None] + rays, 1, (2 * n_rays // steps, steps))
@@ -140,10 +158,11 @@ def _consistency(
     offset = torch.cat([by_class(states - lyapunov.equilibria[labels]), rays], 1)
     tangent = torch.cat([by_class(along), across], 1)
     value, derivative = lyapunov.values_and_derivatives(coefficients, offset, tangent)
-    square = zubov_residual(value, derivative, rate=rate).square()
-    visited, inside, edge = torch.split(square, [longest * steps, n_rays, n_rays], 1)
+    residual = zubov_residual(value, derivative, rate=rate)
+    square = (residual if floor is None else residual / (value + floor)).square()
+    visited, around, edge = torch.split(square, [longest * steps, n_rays, n_rays], 1)
     own = visited.view(k, longest, steps)[labels, row]
-    means = own.sum() / max(1, own.numel()) + inside.mean() + edge.mean()
+    means = own.sum() / max(1, own.numel()) + around.mean() + edge.mean()
     return means / 3.0 + residue.square().sum(-1).mean()
 
 

@@ -1,0 +1,70 @@
+"""Regions of attraction by simulation, to hold the prescribed regions ``{V_k < 1}`` against."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from robust_node_fast import _checks
+
+__all__ = ["attracted_to", "overlap", "plane"]
+
+
+@torch.no_grad()
+def attracted_to(
+    vector_field: Callable[[Tensor], Tensor],
+    points: Tensor,
+    equilibria: Tensor,
+    *,
+    step_size: float = 0.1,
+    n_steps: int = 500,
+    radius: float = 0.1,
+) -> Tensor:
+    """Which equilibrium the Euler states from each point end at, or -1.
+
+    Args:
+        vector_field: autonomous, ``(M, dim) -> (M, dim)``.
+        points: ``(M, dim)``.
+        equilibria: ``(K, dim)``.
+        step_size, n_steps: of forward Euler; the time is to be many times that of the slowest approach.
+        radius: a state has converged if it ends no farther than this from an equilibrium, and its last step is shorter
+            than ``1e-3 * radius * step_size``: it has come to rest there and does not pass by.
+
+    Returns:
+        ``(M,)`` int64: the nearest equilibrium, or -1: another attractor, or states that run away (which may overflow).
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and what was expected.
+    """
+    for name, tensor in (("points", points), ("equilibria", equilibria)):
+        _checks.tensor(name, tensor)
+    if points.dim() != 2 or equilibria.dim() != 2 or points.shape[1] != equilibria.shape[1]:
+        raise ValueError(
+            f"points has shape {tuple(points.shape)} and equilibria {tuple(equilibria.shape)}, expected (M, dim) and "
+            f"(K, dim)"
+        )
+    _checks.count("n_steps", n_steps)
+    for name, number in (("step_size", step_size), ("radius", radius)):
+        _checks.number(name, number)
+        if number <= 0:
+            raise ValueError(f"{name}={number!r} is not positive, expected a float > 0")
+    state, last = points, points
+    for _ in range(n_steps):
+        last, state = state, state + step_size * vector_field(state)
+    distance, nearest = torch.cdist(state, equilibria).min(1)
+    at_rest = torch.linalg.vector_norm(state - last, dim=1) < 1e-3 * radius * step_size
+    return torch.where((distance <= radius) & at_rest, nearest, -1)  # a NaN is no smaller than anything
+
+
+def overlap(first: Tensor, second: Tensor) -> float:
+    """Intersection over union of two sets given as bool tensors; 1 if both are empty."""
+    union = int((first | second).sum())
+    return int((first & second).sum()) / union if union else 1.0
+
+
+def plane(low: Tensor, high: Tensor, side: int) -> Tensor:
+    """A grid of ``side * side`` points over the rectangle from ``low`` to ``high``, row by row: ``(side^2, 2)``."""
+    horizontal, vertical = (torch.linspace(float(a), float(b), side) for a, b in zip(low, high, strict=True))
+    return torch.stack(torch.meshgrid(horizontal, vertical, indexing="xy"), -1).view(-1, 2)

@@ -1,0 +1,113 @@
+"""The tables of docs/zubov.md, from the committed results alone; what was not run reads "not measured"."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from robust_node_fast.zubov import experiments
+from robust_node_fast.zubov.experiments import Cell, Images, Plane
+
+__all__ = ["markdown"]
+
+MISSING = "not measured"
+# Heading, name of the result in a report, strength.
+COLUMNS = (
+    ("clean", "clean", 0.0),
+    ("Gauss 0.2", "gaussian", 0.2),
+    ("S&P 0.2", "salt_and_pepper", 0.2),
+    ("FGSM 0.1", "fgsm", 0.1),
+    ("PGD 0.05", "pgd", 0.05),
+    ("PGD 0.1", "pgd", 0.1),
+    ("margin PGD 0.1", "margin", 0.1),
+    ("bare backbone 0.1", "pgd on bare backbone", 0.1),
+    ("worst case 0.1", "worst case", 0.1),
+    ("certified 0.05", "certified", 0.05),
+)
+
+
+def markdown(cells: Sequence[Cell], folder: Path) -> str:
+    """The tables of these cells, one below the other."""
+    parts = []
+    plane = [cell for cell in cells if isinstance(cell, Plane)]
+    if plane:
+        parts.append(["### In the plane", "", *_plane(plane, folder)])
+    for part in experiments.PARTS[1:]:
+        chosen = [cell for cell in cells if isinstance(cell, Images) and cell.part == part]
+        if chosen:
+            parts.append([f"### {part}", "", *_images(chosen, folder)])
+    return "\n\n".join("\n".join(lines) for lines in parts) + "\n"
+
+
+def _plane(cells: Sequence[Plane], folder: Path) -> Iterator[str]:
+    headings = (
+        "run",
+        "steps",
+        "IoU before",
+        "IoU after",
+        "in the network's steps",
+        "shared",
+        "accuracy",
+        "in own region",
+    )
+    yield f"| {' | '.join(headings)} | s |"
+    yield "|---" * 9 + "|"
+    for cell in cells:
+        found = experiments.read(cell, folder)
+        if found is None:
+            values = [MISSING] * 7
+        elif found["refused"]:
+            values = [_iou(found["before"]["iou"]), f"stopped: {found['refused']}", "", "", "", "", _seconds(found)]
+        else:
+            after = found["after"]
+            values = [
+                _iou(found["before"]["iou"]),
+                _iou(after["iou"]),
+                _iou(after["iou_in_the_networks_steps"]),
+                f"{after['shared']:.1%}",
+                f"{after['accuracy']:.1%}",
+                f"{after['in_own_region']:.1%}",
+                _seconds(found),
+            ]
+        yield f"| {cell.row} | {cell.steps} | {' | '.join(values)} |"
+
+
+def _images(cells: Sequence[Images], folder: Path) -> Iterator[str]:
+    yield f"| method | seeds | {' | '.join(heading for heading, _, _ in COLUMNS)} | checks held | s / step |"
+    yield "|---" * (len(COLUMNS) + 4) + "|"
+    for method in dict.fromkeys(cell.row for cell in cells):
+        results = [experiments.read(cell, folder) for cell in cells if cell.row == method]
+        found = [result for result in results if result is not None]
+        if not found:
+            yield f"| {method} | 0 | {' | '.join([MISSING] * (len(COLUMNS) + 2))} |"
+            continue
+        values = [_percent([v for r in found if (v := _value(r, name, at)) is not None]) for _, name, at in COLUMNS]
+        held = sum(r["report"]["reliable"] for r in found)
+        seconds = statistics.fmean(r["train_seconds"] / r["settings"]["budget"]["steps"] for r in found)
+        yield f"| {method} | {len(found)} | {' | '.join(values)} | {held} of {len(found)} | {seconds:.3f} |"
+
+
+def _value(found: dict[str, Any], name: str, strength: float) -> float | None:
+    if name == "margin":
+        return float(found["margin"][str(strength)])
+    for result in found["report"]["results"]:
+        if (result["name"], result["strength"]) == (name, strength):
+            return float(result["mean"])
+    return None
+
+
+def _percent(values: Sequence[float]) -> str:
+    if not values:
+        return MISSING
+    spread = f" ± {100.0 * statistics.stdev(values):.1f}" if values[1:] else ""
+    return f"{100.0 * statistics.fmean(values):.1f}{spread}"
+
+
+def _iou(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:.3f}" for value in values)
+
+
+def _seconds(found: dict[str, Any]) -> str:
+    return f"{found['seconds']:.0f}"
