@@ -2,7 +2,9 @@
 
 ``python -m robust_node_fast.bench.capability`` prints the value for ``ATEN_CPU_CAPABILITY``, which PyTorch (and what
 ``torch.compile`` writes) reads when it starts; ``make bench`` sets it. On AMD's processors softplus takes several times
-longer with AVX-512 than with AVX2 (torch 2.14). Convolutions and this package's kernels choose for themselves.
+longer with AVX-512 than with AVX2 (torch 2.14). Convolutions and this package's kernels choose for themselves. Mind
+that Inductor's cache ignores the variable: code cached under one value gives NaN under another. A run of the benchmark
+has a cache of its own.
 """
 
 from __future__ import annotations
