@@ -265,9 +265,9 @@ def _deciding(name: str) -> tuple[int, int | None]:
     data = 1 if name.endswith("_backward") else 0
     if name.endswith("_bound"):
         return data, 2
-    return data, None if name.startswith(("smooth", "softplus")) else data if name.startswith(
-        "contraction"
-    ) else data + 1
+    if name.startswith(("smooth", "softplus")):  # element-wise
+        return data, None
+    return data, data if name.startswith("contraction") else data + 1
 
 
 def _kernel(name: str) -> Callable[..., Any]:

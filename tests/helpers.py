@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from robust_node_fast import backend_info
+from robust_node_fast import backend_info, training
+from robust_node_fast.training import TrainConfig
 
 COMPILED = backend_info()["ops"]["euler_conv_flow"]["cpu"]["implementation"] == "cpu"
 needs_kernels = pytest.mark.skipif(not COMPILED, reason="the compiled CPU library is not there (or not chosen)")
@@ -123,3 +126,15 @@ def assert_layout_kept(result: Tensor, input: Tensor) -> None:
 
 def parameter_gradients(module: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+
+
+def start(folder: Path, config: TrainConfig) -> Path:
+    """``folder``, with a run of this configuration in it that has not begun."""
+    training.prepare(config, folder)
+    return folder
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    """A run's metrics without the clock's."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{name: value for name, value in json.loads(line).items() if name != "seconds"} for line in lines]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import json
 import multiprocessing
 import os
 import random
@@ -25,6 +24,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import records, start
 from torch import nn
 from typer.testing import CliRunner
 
@@ -49,16 +49,6 @@ Hook = Callable[[int, int], None]  # (rank, step)
 def tiny(**changes: Any) -> TrainConfig:
     few = {"epochs": 2, "train_samples": 150, "batch_size": 32, "n_steps": 2, "milestones": [], "checkpoint_every": 2}
     return TrainConfig.recipe("digits", **{**few, **changes})
-
-
-def start(folder: Path, config: TrainConfig) -> Path:
-    training.prepare(config, folder)
-    return folder
-
-
-def records(folder: Path) -> list[dict[str, Any]]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [{name: value for name, value in json.loads(line).items() if name != "seconds"} for line in lines]
 
 
 def assert_same_run(folder: Path, undisturbed: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import records
 from torch import Tensor
 from torch.distributed import run as torchrun
 from typer.testing import CliRunner
@@ -65,11 +65,6 @@ def fit(folder: Path, config: TrainConfig, dataset: data.Dataset = FEW, **option
     training.prepare(config, folder, replace=True)
     training.fit(folder, dataset, **options)
     return records(folder)
-
-
-def records(folder: Path) -> list[dict[str, Any]]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [{name: value for name, value in json.loads(line).items() if name != "seconds"} for line in lines]
 
 
 def weights(folder: Path) -> dict[str, Tensor]:

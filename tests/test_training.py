@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import records, start
 from safetensors.torch import load_file, save_file
 
 from robust_node_fast import data, training
@@ -51,17 +52,6 @@ def one_thread() -> Iterator[None]:
 
 def tiny(**changes: Any) -> TrainConfig:
     return TrainConfig.recipe("digits", **{"epochs": 2, "milestones": [1], "lr_decay": 0.5, "n_steps": 3, **changes})
-
-
-def start(folder: Path, config: TrainConfig) -> Path:
-    training.prepare(config, folder)
-    return folder
-
-
-def records(folder: Path) -> list[dict[str, Any]]:
-    """The metrics without the clock's."""
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [{name: value for name, value in json.loads(line).items() if name != "seconds"} for line in lines]
 
 
 def assert_same_run(folder: Path, undisturbed: Path) -> None:
