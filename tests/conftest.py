@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,9 @@ import torch
 from hypothesis import HealthCheck, settings
 
 os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # it may hold code compiled for an earlier version of the ops
+# Disabled, it still finds machine code by its source alone: code for another ATEN_CPU_CAPABILITY gave NaN and crashes.
+_inductor = tempfile.TemporaryDirectory(prefix="rnf-inductor-", ignore_cleanup_errors=True)
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = _inductor.name
 
 # No deadline: the examples of one test range from a single pixel to forty channels of forty by forty.
 settings.register_profile("rnf", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
