@@ -1,4 +1,4 @@
-"""Times the CIFAR flow in bfloat16 with each instruction set that has a way of its own to do it, and writes a CSV.
+"""Times flows in bfloat16 with each instruction set that has a way of its own to do it, and writes a CSV.
 
     python bench/bfloat16.py [--threads 2] [--rounds 5] [--output bench/results/bfloat16.csv]
 
@@ -21,24 +21,36 @@ import typer
 import robust_node_fast as rnf
 from robust_node_fast.bench.run import processor
 
-BATCH, CHANNELS, SIZE, STEPS = 16, 128, 32, 16
+# Batch, channels, height and width, steps, kernel: one for each layout that multiplies in bfloat16, and for what it does
+# with channels that do not fill its vectors.
+FLOWS = {
+    "CIFAR": (16, 128, 32, 16, 3),
+    "MNIST": (128, 8, 28, 10, 3),
+    "C16": (32, 16, 32, 10, 3),
+    "C20": (32, 20, 32, 10, 3),
+    "C48": (32, 48, 32, 10, 3),
+    "C64 7x7": (64, 64, 7, 10, 3),
+    "C32 5x5 filters": (16, 32, 32, 10, 5),
+    "C64 1x1 filters": (32, 64, 32, 10, 1),
+}
 WORKER = f"""
 import sys, time, torch, robust_node_fast as rnf
-torch.manual_seed(0)
 torch.set_num_threads(int(sys.argv[1]))
-for dtype in (torch.bfloat16, torch.float32):
-    x = torch.randn({BATCH}, {CHANNELS}, {SIZE}, {SIZE}, dtype=dtype)
-    w = (torch.randn({STEPS}, {CHANNELS}, {CHANNELS}, 3, 3) / (9 * {CHANNELS}) ** 0.5).to(dtype)
-    b, g = torch.randn({STEPS}, {CHANNELS}, dtype=dtype), torch.randn_like(x)
-    for mode, wanted in (("forward", 0), ("input gradient", 1), ("forward+backward", 3)):
-        tensors = [t.detach().requires_grad_(i < wanted) for i, t in enumerate((x, w, b))]
-        for timed in (False, True):
-            start = time.perf_counter()
-            out = rnf.functional.euler_conv_flow(*tensors, step_size=0.1)
-            if wanted:
-                torch.autograd.grad(out, tensors[:wanted], g)
-            if timed:
-                print(str(dtype).split(".")[1], mode, (time.perf_counter() - start) * 1e3, sep=",")
+for name, (batch, channels, size, steps, kernel) in {FLOWS}.items():
+    for dtype in (torch.bfloat16, torch.float32):
+        torch.manual_seed(0)
+        x = torch.randn(batch, channels, size, size, dtype=dtype)
+        w = torch.randn(steps, channels, channels, kernel, kernel) / (kernel * kernel * channels) ** 0.5
+        w, b, g = w.to(dtype), torch.randn(steps, channels, dtype=dtype), torch.randn_like(x)
+        for mode, wanted in (("forward", 0), ("input gradient", 1), ("forward+backward", 3)):
+            tensors = [t.detach().requires_grad_(i < wanted) for i, t in enumerate((x, w, b))]
+            for timed in (False, True, True, True):
+                start = time.perf_counter()
+                out = rnf.functional.euler_conv_flow(*tensors, step_size=0.1)
+                if wanted:
+                    torch.autograd.grad(out, tensors[:wanted], g)
+                if timed:
+                    print(name, str(dtype).split(".")[1], mode, (time.perf_counter() - start) * 1e3, sep=",")
 """
 
 
@@ -49,7 +61,7 @@ def main(
 ) -> None:
     found = rnf.backend_info()["backends"]["cpu"].get("supported_isas", [])
     sets = [name for name in ("amx", "avx512_bf16", "avx512") if name in found]
-    least: dict[tuple[str, str, str], float] = {}
+    least: dict[tuple[str, ...], float] = {}
     for _ in range(rounds):
         for name in sets:
             done = subprocess.run(
@@ -60,18 +72,18 @@ def main(
                 env={**os.environ, "RNF_CPU_ISA": name},
             )
             for line in done.stdout.splitlines():
-                dtype, mode, cost = line.split(",")
-                key = (name, dtype, mode)
+                *what, cost = line.split(",")
+                key = (name, *what)
                 least[key] = min(least.get(key, float("inf")), float(cost))
-    for (name, dtype, mode), ms in least.items():
-        print(f"{name:12} {dtype:9} {mode:17} {ms:7.1f} ms")
+    for (name, flow, dtype, mode), ms in least.items():
+        print(f"{flow:15} {name:12} {dtype:9} {mode:17} {ms:7.2f} ms")
     output.parent.mkdir(parents=True, exist_ok=True)
     with output.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["instruction_set", "dtype", "mode", "ms", "machine", "threads", "torch", "version", "time"])
+        writer.writerow(["instruction_set", "flow", "dtype", "mode", "ms", "machine", "threads", "torch", "version", "time"])
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         about = [processor(), threads, torch.__version__, rnf.__version__, now]
-        writer.writerows([*key, round(ms, 1), *about] for key, ms in least.items())
+        writer.writerows([*key, round(ms, 2), *about] for key, ms in least.items())
 
 
 if __name__ == "__main__":

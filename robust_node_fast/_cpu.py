@@ -31,11 +31,16 @@ _increment_backward = _native.increment_backward.default
 # The layouts of csrc/cpu/api.h. "best" takes Winograd's algorithm for 3x3 filters in float32, whose rounding errors are
 # somewhat larger than those of the direct one, "planes" (docs/kernels.md has the bounds).
 _LAYOUTS = ("best", "planes", "channels", "strips")
-layout = "planes" if os.environ.get("RNF_PRECISION") == "exact" else "best"
+_exact = os.environ.get("RNF_PRECISION") == "exact"
+layout = "planes" if _exact else "best"
 
 # Products in bfloat16 make an error that grows with the step size; PyTorch rounds every state, whatever the step. Up to
 # here ours is the smaller one.
 _LARGEST_BFLOAT16_STEP = 0.25
+
+
+def _rounds_products(bfloat16: bool, step_size: float) -> bool:
+    return bfloat16 and not _exact and abs(step_size) <= _LARGEST_BFLOAT16_STEP
 
 
 # What was saved for backward, in the backward op's arguments: the kernels read bfloat16 as it is.
@@ -104,7 +109,7 @@ def _run_flow(
         negative_slope,
         n_steps,
         _LAYOUTS.index(layout),
-        bfloat16 and abs(step_size) <= _LARGEST_BFLOAT16_STEP,
+        _rounds_products(bfloat16, step_size),
         output,
         states,
         slopes,
@@ -181,7 +186,7 @@ def euler_conv_flow_backward(
         negative_slope,
         n_steps,
         _LAYOUTS.index(layout),
-        bfloat16 and abs(step_size) <= _LARGEST_BFLOAT16_STEP,
+        _rounds_products(bfloat16, step_size),
         states,
         slopes,
         grad_input,

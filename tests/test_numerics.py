@@ -171,18 +171,32 @@ def test_flow_at_chosen_shapes(shape: tuple[int, int, int, int], kernel: int, st
 
 
 @given(
-    shape=st.tuples(st.integers(1, 4), st.sampled_from((32, 64, 96)), st.integers(1, 20), st.integers(1, 36)),
+    shape=st.tuples(
+        st.integers(1, 4),
+        st.one_of(st.integers(1, 40), st.sampled_from((48, 64, 95, 96))),
+        st.integers(1, 24),
+        st.integers(1, 36),
+    ),
+    kernel=st.sampled_from((1, 3, 3, 5)),
     steps=st.integers(1, 4),
-    step_size=st.floats(-0.5, 1.0, allow_subnormal=False),
+    step_size=st.floats(-0.25, 0.25, allow_subnormal=False),
     layout=st.sampled_from(LAYOUTS),
     recompute=st.booleans(),
     seed=st.integers(0, 2**31 - 1),
 )
-@settings(max_examples=25)
-def test_flow_in_bfloat16_where_a_tile_unit_serves_it(
-    shape: tuple[int, int, int, int], steps: int, step_size: float, layout: str, recompute: bool, seed: int
+@settings(max_examples=60)
+def test_flow_in_bfloat16(
+    shape: tuple[int, int, int, int],
+    kernel: int,
+    steps: int,
+    step_size: float,
+    layout: str,
+    recompute: bool,
+    seed: int,
 ) -> None:
-    check_flow(Problem(shape, 3, steps, False, True, False, layout, torch.bfloat16, 0.1, step_size, seed, recompute))
+    """Step sizes up to those for which products may be rounded, in the layout of the rule and in both that round."""
+    p = Problem(shape, kernel, steps, False, True, False, layout, torch.bfloat16, 0.1, step_size, seed, recompute)
+    check_flow(p, {"best": 2.0, "planes": 2.0, "channels": 2.0})
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from test_numerics import Problem, check_flow
 from torch import Tensor
 
-from robust_node_fast import functional, reference
+from robust_node_fast import backend_info, functional, reference
 
 pytestmark = needs_kernels
 EPS = torch.finfo(torch.float32).eps
@@ -152,14 +152,15 @@ def test_flow_and_its_gradients(p: Problem) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def bits(layout: str | None, channels: int, kernel: int, dtype: torch.dtype) -> list[Tensor]:
+def bits(layout: str | None, channels: int, kernel: int, dtype: torch.dtype, size: int = 9) -> list[Tensor]:
     """Result and gradients of one flow, in a layout or in that which is set."""
     generator = torch.Generator().manual_seed(7)
-    shapes = ((2, channels, 9, 10), (2, channels, channels, kernel, kernel), (2, channels), (2, channels, 9, 10))
+    state = (2, channels, size, size + 1)
+    shapes = (state, (2, channels, channels, kernel, kernel), (2, channels), state)
     x, w, b, g = (torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes)
 
     def run() -> list[Tensor]:
-        return gradients(lambda *t: functional.euler_conv_flow(*t, step_size=0.01), [x, w, b], g)
+        return gradients(lambda *t: functional.euler_conv_flow(*t, step_size=0.1), [x, w, b], g)
 
     if layout is None:
         return run()
@@ -193,6 +194,31 @@ def test_what_it_is_chosen_for(channels: int, kernel: int, dtype: torch.dtype, l
     winograd_takes_it = kernel == 3 and dtype == torch.float32
     for name in ("channels", "strips"):
         assert same(found["planes"], found[name]) != winograd_takes_it
+
+
+@pytest.mark.skipif(
+    backend_info()["backends"]["cpu"].get("isa") != "avx512_bf16", reason="the processor multiplies no pairs of bfloat16"
+)
+@pytest.mark.parametrize(
+    ("channels", "kernel", "size", "layout"),
+    [
+        (2, 3, 12, "planes"),
+        (8, 3, 12, "planes"),
+        (8, 3, 9, "strips"),
+        (14, 3, 12, "planes"),
+        (15, 3, 12, "channels"),
+        (17, 3, 12, "planes"),
+        (19, 3, 12, "channels"),
+        (48, 3, 7, "channels"),
+        (2, 5, 12, "planes"),
+        (16, 1, 12, "planes"),
+    ],
+)
+def test_what_products_of_pairs_are_chosen_for(channels: int, kernel: int, size: int, layout: str) -> None:
+    found = {n: bits(n, channels, kernel, torch.bfloat16, size) for n in ("best", "planes", "channels", "strips")}
+    assert same(found["best"], found[layout])
+    others = [name for name in ("planes", "channels", "strips") if name != layout and kernel == 3]
+    assert not any(same(found["best"], found[name]) for name in others)
 
 
 @pytest.mark.parametrize(("channels", "layout"), [(8, "strips"), (16, "channels")])
