@@ -21,8 +21,8 @@ import typer
 import robust_node_fast as rnf
 from robust_node_fast.bench.run import processor
 
-# Batch, channels, height and width, steps, kernel: one for each layout that multiplies in bfloat16, and for what it does
-# with channels that do not fill its vectors.
+# Batch, channels, height and width, steps, kernel: one for each layout that multiplies in bfloat16, and for what it
+# does with channels that do not fill its vectors.
 FLOWS = {
     "CIFAR": (16, 128, 32, 16, 3),
     "MNIST": (128, 8, 28, 10, 3),
@@ -80,7 +80,9 @@ def main(
     output.parent.mkdir(parents=True, exist_ok=True)
     with output.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["instruction_set", "flow", "dtype", "mode", "ms", "machine", "threads", "torch", "version", "time"])
+        writer.writerow(
+            ["instruction_set", "flow", "dtype", "mode", "ms", "machine", "threads", "torch", "version", "time"]
+        )
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         about = [processor(), threads, torch.__version__, rnf.__version__, now]
         writer.writerows([*key, round(ms, 2), *about] for key, ms in least.items())

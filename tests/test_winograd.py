@@ -197,7 +197,8 @@ def test_what_it_is_chosen_for(channels: int, kernel: int, dtype: torch.dtype, l
 
 
 @pytest.mark.skipif(
-    backend_info()["backends"]["cpu"].get("isa") != "avx512_bf16", reason="the processor multiplies no pairs of bfloat16"
+    backend_info()["backends"]["cpu"].get("isa") != "avx512_bf16",
+    reason="the processor multiplies no pairs of bfloat16",
 )
 @pytest.mark.parametrize(
     ("channels", "kernel", "size", "layout"),

@@ -799,8 +799,7 @@ int main() {
     shapes.push_back(s);
   for (int64_t channels : {1, 2, 9, 16, 17, 33, 48})
     for (const auto& size : {std::pair<int64_t, int64_t>{1, 1}, {7, 8}, {33, 4}})
-      shapes.push_back(
-          shape(3, channels, size.first, size.second, 3, 2, shapes.size() % 2 == 0, L::channels, true));
+      shapes.push_back(shape(3, channels, size.first, size.second, 3, 2, shapes.size() % 2 == 0, L::channels, true));
   for (int64_t channels : {2, 3, 9, 16, 17})
     for (int64_t kernel : {1, 3, 5})
       shapes.push_back(shape(2, channels, 9, 15, kernel, 2, shapes.size() % 2 == 0, L::planes, true));
