@@ -427,9 +427,10 @@ def draw(rows: Sequence[Prediction], path: Path) -> None:
                     label=f"{network}, {plan}",
                 )
         sizes = f"{WEAK} images a card" if scaling == "weak" else f"{STRONG} images in all"
-        axes.set(xscale="log", xlabel="H100 cards", ylabel="efficiency", ylim=(0, 1.05), title=f"{scaling}: {sizes}")
         axes.set_xscale("log", base=2)
-    axes.legend(fontsize=7)
+        axes.set_xticks(CARDS[::2], [f"{cards:,}" for cards in CARDS[::2]])
+        axes.set(xlabel="H100 cards", ylabel="efficiency", ylim=(0, 1.5), title=f"{scaling}: {sizes}")
+    axes.legend(fontsize=7, loc="upper right")
     figure.suptitle("A model, not a measurement: no card has run this", fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)

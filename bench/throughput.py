@@ -269,11 +269,12 @@ class _Turns:
     seconds: list[float] = field(default_factory=list)
 
     def take(self) -> float:
+        """Seconds, the same number in all processes: what comes next depends on it."""
         _wait()
         start = time.perf_counter()
         self.value = self.call()
         _wait()
-        return time.perf_counter() - start
+        return distributed.largest(round(1e6 * (time.perf_counter() - start)), "cpu") / 1e6
 
 
 def _wait() -> None:
@@ -290,8 +291,7 @@ def measure(net: Net, ways: Sequence[Way], mode: str, batch: int) -> list[tuple[
         if each.first > LONG and not each.way.compiled:
             each.seconds.append(each.first)
     firsts = [each.value for each in turns]
-    # Processes must agree on the number of rounds.
-    slow = distributed.largest(round(1e6 * max(t.first for t in turns if not t.way.compiled)), "cpu") * 1e-6
+    slow = max((each.first for each in turns if not each.way.compiled), default=LONG)
     rounds = max(1 if slow > LONG else 2, min(ROUNDS, int(ROW_SECONDS / (slow * len(turns)))))
     order, shuffle = list(turns), random.Random(0).shuffle
     gc.collect()
@@ -303,7 +303,8 @@ def measure(net: Net, ways: Sequence[Way], mode: str, batch: int) -> list[tuple[
     found = []
     for each, value in zip(turns, firsts, strict=True):
         near = abs(value - firsts[0]) <= 0.05 * abs(firsts[0])  # dropout's masks differ; NaN is not near
-        found.append(("ok" if near else f"wrong: {value:.4g}, eager {firsts[0]:.4g}", each.seconds if near else []))
+        status = "ok" if near else f"wrong: {value:.4g}, {turns[0].way.name} {firsts[0]:.4g}"
+        found.append((status, each.seconds if near else []))
     return found
 
 
@@ -329,6 +330,11 @@ class Runner:
         return self.rows
 
     def row(self, net: Net, mode: str, batch: int, processes: int) -> list[Row]:
+        """Every provider's.
+
+        Raises:
+            verify.WrongResult: this package is wrong.
+        """
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         common = Row(net.name, mode, batch, processes, PROCESSES[processes], "", "", machine=machine(), time=now)
         rows = [
@@ -336,7 +342,7 @@ class Runner:
             for way in self.ways
         ]
         for row in rows:
-            row.status = self._skipped(row)
+            row.status = self.skipped(row)
         chosen = [way for way, row in zip(self.ways, rows, strict=True) if not row.status]
         running = iter(row for row in rows if not row.status)
         try:
@@ -354,6 +360,8 @@ class Runner:
             found = [(f"failed: {failed}", [])] * len(chosen)
         for row, (status, seconds) in zip(running, found, strict=True):
             row.status = status
+            if status.startswith("wrong") and row.provider in (OURS, SAVING):
+                raise verify.WrongResult(f"{row.provider} is {status} on {net.name}, {mode}, batch {batch}")
             if seconds:
                 row.rounds, row.seconds = len(seconds), statistics.median(seconds)
                 row.images_per_s = batch / row.seconds
@@ -370,7 +378,8 @@ class Runner:
         line = Line.of(self.memory, net.name, way.name)
         return line.gib(batch) if line and mode != EVALUATION and processes == 1 else None
 
-    def _skipped(self, row: Row) -> str:
+    def skipped(self, row: Row) -> str:
+        """Why this row is not run, or nothing."""
         if time.monotonic() > self.end:
             return "skipped: the minutes were over"
         if row.expected_gib and row.expected_gib > TOO_LARGE:

@@ -125,8 +125,8 @@ def runner(end: float = math.inf) -> throughput.Runner:
 )
 def test_what_is_skipped_and_why(provider: str, batch: int, gib: float | None, why: str) -> None:
     asked = dataclasses.replace(row(provider, batch, 0.0), expected_gib=gib)
-    assert runner()._skipped(asked) == why
-    assert runner(end=0.0)._skipped(asked) == "skipped: the minutes were over"
+    assert runner().skipped(asked) == why
+    assert runner(end=0.0).skipped(asked) == "skipped: the minutes were over"
 
 
 def test_the_largest_batch_is_on_the_line_through_the_measured_ones() -> None:
