@@ -47,7 +47,7 @@ RESULTS, MEMORY_RESULTS = "throughput.csv", "throughput_memory.csv"
 PGD_STEPS, EPS = 2, 8 / 255
 TRAINING, EVALUATION, ADVERSARIAL = MODES = ("training step", "evaluation", f"PGD-{PGD_STEPS} training step")
 PROCESSES = {1: 2, 2: 1}  # processes -> threads of each
-BATCHES, MEMORY_BATCHES, BUDGETS = (128, 512, 2048), (16, 64), (4, 8, 16)  # budgets in GiB
+BATCHES, MEMORY_BATCHES, BUDGETS = (128, 512, 2048), (64, 128), (4, 8, 16)  # budgets in GiB
 WAYS = (
     Way("eager"),
     Way("eager channels_last", layout=torch.channels_last),
@@ -447,7 +447,9 @@ class Line:
         return int((1024 * gib - self.fixed) / self.each)
 
 
-def memory_rows(nets: Sequence[Net], ways: Sequence[Way], batches: Sequence[int], checked: bool) -> list[MemoryRow]:
+def memory_rows(
+    nets: Sequence[Net], ways: Sequence[Way], batches: Sequence[int], checked: bool, end: float
+) -> list[MemoryRow]:
     """Measured at two batches, computed for every budget and, if ``checked``, run at what fits the smallest one."""
     rows: list[MemoryRow] = []
 
@@ -455,9 +457,13 @@ def memory_rows(nets: Sequence[Net], ways: Sequence[Way], batches: Sequence[int]
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         row = MemoryRow(net.name, way.name, "measured", batch, budget, machine=machine(), time=now)
         try:
-            ((row.resident_mb, row.peak_mb),) = together(peak, 1, net, way, batch, threads=PROCESSES[1])
+            if time.monotonic() > end:
+                row.status = "skipped: the minutes were over"
+            else:
+                ((row.resident_mb, row.peak_mb),) = together(peak, 1, net, way, batch, threads=PROCESSES[1])
         except Failed as failed:
             row.status = f"failed: {failed}"
+        print(f"memory: {net.name:16} B{batch:<5} {way.name:34} {row.status} {row.gib:.2f} GiB", flush=True)
         rows.append(row)
 
     for net in nets:
@@ -567,7 +573,7 @@ def main(
         torch.set_num_threads(PROCESSES[1])
         for net in nets:
             check(net)
-        taken = memory_rows(nets, ways, memory_batches, checked=not smoke)
+        taken = memory_rows(nets, ways, memory_batches, checked=not smoke, end=end)
         write(taken, output / MEMORY_RESULTS, MemoryRow)
 
         def report(found: list[Row]) -> None:
