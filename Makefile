@@ -2,11 +2,12 @@
 #   make demo    train, attack and compare the vanilla and the contractive network on handwritten digits
 #   make test    the whole test suite
 #   make bench   every measurement against PyTorch, torchdiffeq, OpenVINO, ONNX Runtime and ncnn: 20 minutes, idle machine
+# and `make throughput` measures training, evaluation and memory of the CIFAR networks, and gloo: 30 minutes, idle machine
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test bench setup clean
+.PHONY: demo test bench throughput setup clean
 demo: setup
 	$(BIN)/rnf demo --out runs/demo
 
@@ -15,6 +16,11 @@ test: setup
 
 bench: $(VENV)/.bench
 	ATEN_CPU_CAPABILITY=$$($(BIN)/python -m robust_node_fast.bench.capability) $(BIN)/rnf bench --output bench/results --plots docs
+
+throughput: setup
+	export ATEN_CPU_CAPABILITY=$$($(BIN)/python -m robust_node_fast.bench.capability); \
+	$(BIN)/python -m robust_node_fast.bench.throughput --page docs/throughput.md && \
+	$(BIN)/python -m robust_node_fast.bench.scaling --measure --picture docs/scaling.png --page docs/scaling.md
 
 setup: $(VENV)/.installed
 

@@ -41,6 +41,11 @@ def growth(call: Callable[[], Any]) -> float | None:
     return max(0.0, (peak - before) / 1024)
 
 
+def resident() -> float:
+    """Megabytes of this process that are in memory now. ``OSError`` on anything but Linux."""
+    return _status("VmRSS") / 1024
+
+
 def _status(key: str) -> float:
     """A line of ``/proc/self/status``, in kilobytes."""
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 from .registry import OURS, SAVING, TIMED
 from .rows import Row
@@ -13,7 +15,7 @@ NCNN = "ncnn (convolution only)"
 def markdown(rows: Sequence[Row]) -> str:
     """Both tables, then what was not measured and why."""
     ours = [row for row in rows if row.provider in (OURS, SAVING) and row.cost]
-    lines = _table(
+    lines = table(
         ("workload", "mode", "dtype", "threads", "ours", "eager / ours", "best PyTorch / ours", "sgemm share", "error"),
         (
             (
@@ -22,15 +24,15 @@ def markdown(rows: Sequence[Row]) -> str:
                 row.dtype,
                 str(row.threads),
                 f"{row.cost:.4g} {'MB' if row.mode == 'memory' else 'ms'}",
-                _ratio(row.eager_over_this),
-                _ratio(row.best_pytorch_over_this),
-                _ratio(row.gemm_share),
+                ratio(row.eager_over_this),
+                ratio(row.best_pytorch_over_this),
+                ratio(row.gemm_share),
                 "" if row.error is None else f"{row.error:.1e}",
             )
             for row in ours
         ),
     )
-    lines += ["", *_table(("the project's figures", "ratio"), ((name, _ratio(value)) for name, value in figures(rows)))]
+    lines += ["", *table(("the project's figures", "ratio"), ((name, ratio(value)) for name, value in figures(rows)))]
     excluded = [row for row in rows if row.status != "ok"]
     reasons = dict.fromkeys(
         f"{row.workload}, {row.mode}" if row.status.startswith("skipped") else f"{row.provider}: {row.status}"
@@ -74,9 +76,25 @@ def figures(rows: Sequence[Row]) -> Iterator[tuple[str, float]]:
         yield f"worst row ({name}, {mode}, {threads} threads): best PyTorch", known[worst]
 
 
-def _ratio(value: float | None) -> str:
+def ratio(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
 
 
-def _table(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
+def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of a table in Markdown."""
     return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *body)]
+
+
+def replace_tables(page: Path, tables: Mapping[str, Sequence[str]]) -> None:
+    """Puts the lines of each table between ``<!-- NAME -->`` and ``<!-- end -->`` of the page.
+
+    Raises:
+        ValueError: the page has no place for one.
+    """
+    text = page.read_text()
+    for name, lines in tables.items():
+        found = re.search(rf"<!-- {name} -->\n(.*?)<!-- end -->", text, re.DOTALL)
+        if found is None:
+            raise ValueError(f"{page} has no place for the table {name}")
+        text = text[: found.start(1)] + "\n".join(["", *lines, "", ""]) + text[found.end(1) :]
+    page.write_text(text)

@@ -8,7 +8,9 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, TypeVar, get_type_hints
+
+AnyRow = TypeVar("AnyRow")
 
 
 @dataclass
@@ -78,14 +80,15 @@ def _cell(value: Any) -> str:
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def write(rows: Iterable[Row], path: Path) -> None:
-    """Replaces the file in one go: an interrupted run leaves the old one."""
+def write(rows: Iterable[Any], path: Path, kind: type[Any] = Row) -> None:
+    """Replaces the file in one go: an interrupted run leaves the old one. ``kind``: the rows' dataclass."""
+    columns = [field.name for field in dataclasses.fields(kind)]
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     with partial.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(COLUMNS)
-        writer.writerows([_cell(getattr(row, name)) for name in COLUMNS] for row in rows)
+        writer.writerow(columns)
+        writer.writerows([_cell(getattr(row, name)) for name in columns] for row in rows)
     os.replace(partial, path)
 
 
@@ -95,20 +98,23 @@ def read(path: Path) -> list[Row]:
     Raises:
         ValueError: a column is missing.
     """
+    return read_as(Row, path)
+
+
+def read_as(kind: type[AnyRow], path: Path) -> list[AnyRow]:
+    """The same of rows of another dataclass, whose fields are text, integers and floats, empty or not."""
+    types = get_type_hints(kind)
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
-        lacking = set(COLUMNS) - set(reader.fieldnames or ())
+        lacking = set(types) - set(reader.fieldnames or ())
         if lacking:
             raise ValueError(f"{path} has no columns {', '.join(sorted(lacking))}: written by another version?")
-        return [Row(**{name: _value(name, cells[name]) for name in COLUMNS}) for cells in reader]
+        return [kind(**{name: _value(types[name], cells[name]) for name in types}) for cells in reader]
 
 
-_TYPES = get_type_hints(Row)
-
-
-def _value(name: str, cell: str) -> Any:
-    if _TYPES[name] is str:
+def _value(type_: Any, cell: str) -> Any:
+    if type_ is str:
         return cell
     if not cell:
         return None
-    return int(cell) if _TYPES[name] in (int, int | None) else float(cell)
+    return int(cell) if type_ in (int, int | None) else float(cell)
