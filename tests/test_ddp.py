@@ -1,4 +1,4 @@
-"""Contract with DistributedDataParallel: two processes give the gradients of one."""
+"""Contract with DistributedDataParallel and FSDP2: two processes give the gradients, and the next weights, of one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from helpers import assert_close, parameter_gradients
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import robust_node_fast as rnf
@@ -27,11 +29,30 @@ def model_and_batch() -> tuple[rnf.models.MNISTNode, Tensor, Tensor]:
     return model, torch.rand(8, 1, 12, 12), torch.randint(10, (8,))
 
 
-def loss_of(model: torch.nn.Module, flow: rnf.models.MNISTNode, images: Tensor, labels: Tensor) -> Tensor:
-    return torch.nn.functional.cross_entropy(model(images), labels) + flow.contraction_penalty(rate=2.0)
+def loss_of(model: nn.Module, flow: rnf.models.MNISTNode, images: Tensor, labels: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(model(images), labels) + flow.contraction_penalty(rate=2.0)
 
 
-def worker(rank: int, port: int, folder: str) -> None:
+def step(model: nn.Module, flow: rnf.models.MNISTNode, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Gradients and, after a step with momentum, weights."""
+    optimizer = torch.optim.SGD(flow.parameters(), lr=0.1, momentum=0.9)
+    loss_of(model, flow, images, labels).backward()
+    found = parameter_gradients(flow)
+    optimizer.step()
+    return found | {f"{name} after a step": weight.detach().clone() for name, weight in flow.named_parameters()}
+
+
+def distribute(model: rnf.models.MNISTNode, kind: str) -> nn.Module:
+    if kind == "DDP":
+        return DistributedDataParallel(model)
+    # The penalty reads the filters behind the forward pass: they must not be sharded again before backward.
+    mesh = init_device_mesh("cpu", (WORLD,))
+    for module in (*(flow for _, flow in model.flows()), model):
+        fully_shard(module, mesh=mesh, reshard_after_forward=False)
+    return model
+
+
+def worker(rank: int, port: int, folder: str, kind: str) -> None:
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group(
@@ -44,23 +65,25 @@ def worker(rank: int, port: int, folder: str) -> None:
     try:
         model, images, labels = model_and_batch()
         share = slice(4 * rank, 4 * (rank + 1))
-        parallel = DistributedDataParallel(model)
-        loss_of(parallel, model, images[share], labels[share]).backward()
-        torch.save(parameter_gradients(model), Path(folder) / f"{rank}.pt")
+        found = step(distribute(model, kind), model, images[share], labels[share])
+        if kind == "FSDP2":
+            assert found["flow.weight"].to_local().numel() < found["flow.weight"].numel()  # type: ignore[attr-defined]
+            found = {name: tensor.full_tensor() for name, tensor in found.items()}  # type: ignore[attr-defined]
+        torch.save(found, Path(folder) / f"{rank}.pt")
     finally:
         dist.destroy_process_group()
 
 
 @pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="this PyTorch has no gloo")
-def test_two_processes_give_the_gradients_of_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["DDP", "FSDP2"])
+def test_two_processes_give_the_gradients_of_one(kind: str, tmp_path: Path) -> None:
     model, images, labels = model_and_batch()
-    loss_of(model, model, images, labels).backward()
-    expected = parameter_gradients(model)
+    expected = step(model, model, images, labels)
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = mp.spawn(worker, args=(port, str(tmp_path)), nprocs=WORLD, join=False)
+    context = mp.spawn(worker, args=(port, str(tmp_path), kind), nprocs=WORLD, join=False)
     deadline = time.monotonic() + TIMEOUT
     try:
         while not context.join(timeout=5):  # True once all have ended well; raises what a worker raised
