@@ -112,7 +112,7 @@ _ZUBOV: Mapping[str, Mapping[str, Any]] = {
     "digits": {**_FEW_STEPS, "steps": 500, "lr": 3e-3},
     "mnist": {**_FEW_STEPS, "steps": 1500, "lr": 3e-3},
     "fashionmnist": {**_FEW_STEPS, "steps": 1500, "lr": 3e-3},
-    **{dataset: _COLOUR for dataset in ("cifar10", "cifar100", "svhn")},
+    **dict.fromkeys(("cifar10", "cifar100", "svhn"), _COLOUR),
     **{
         dataset: {**_FEW_STEPS, "steps": 2500, "batch_size": 64, "lr": 1e-2, "zubov": _PLANE}
         for dataset in ("moons", "rings", "blobs", "blobs3")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import types
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -14,6 +15,8 @@ from robust_node_fast.training.recipes import RECIPES
 __all__ = ["listed", "parse", "table"]
 
 _NESTED = "zubov."
+# Data sets that recipes treat alike, for short.
+_GROUPS = {"cifar10/cifar100/svhn": "colour", "moons/rings/blobs/blobs3": "plane"}
 
 
 def _fields() -> dict[str, dataclasses.Field[Any]]:
@@ -74,9 +77,12 @@ def _value(name: str, text: str, kind: Any) -> Any:
 
 
 def listed() -> Iterator[tuple[str, str, str, str]]:
-    """Section, name, default (then the recipes that depart from it) and help of every setting."""
-    for name, field in _fields().items():
-        yield field.metadata["section"], name, _default_of(name, field), field.metadata["help"]
+    """Section, name, default (then the recipes that depart from it) and help of every setting, section by section."""
+    fields = _fields()
+    for section in dict.fromkeys(field.metadata["section"] for field in fields.values()):
+        for name, field in fields.items():
+            if field.metadata["section"] == section:
+                yield section, name, _default_of(name, field), field.metadata["help"]
 
 
 def _default_of(name: str, field: dataclasses.Field[Any]) -> str:
@@ -94,8 +100,10 @@ def _default_of(name: str, field: dataclasses.Field[Any]) -> str:
         prefix = "" if recipe == "contractive" else recipe
         for value, names in values.items():
             if value:
-                which = [] if prefix and len(values) == 1 else ["/".join(names)]
-                departures.append(f"{' '.join([*([prefix] if prefix else []), *which])}: {value}")
+                which = "" if prefix and len(values) == 1 else "/".join(names)
+                for group, short in _GROUPS.items():
+                    which = which.replace(group, short)
+                departures.append(f"{f'{prefix} {which}'.strip()}: {value}")
     return "; ".join([_said(default), *departures])
 
 
@@ -114,12 +122,10 @@ def _said(value: Any) -> str:
 
 def table() -> str:
     """The settings as Markdown, one table for each section."""
-    lines: list[str] = []
-    sections: dict[str, list[str]] = {}
-    for section, name, default, help in listed():
-        sections.setdefault(section, []).append(
-            f"| `{name}` | {default} | {help} |".replace("|x - x*|", "\\|x - x*\\|")
+    parts = []
+    for section, rows in itertools.groupby(listed(), key=lambda row: row[0]):
+        cells = [" | ".join((f"`{name}`", *rest)).replace("|x - x*|", "\\|x - x*\\|") for _, name, *rest in rows]
+        parts.append(
+            "\n".join([f"### {section}", "", "| setting | default | |", "|---|---|---|", *map("| {} |".format, cells)])
         )
-    for section, rows in sections.items():
-        lines += [f"### {section}", "", "| setting | default | |", "|---|---|---|", *rows, ""]
-    return "\n".join(lines)
+    return "\n\n".join(parts) + "\n"
