@@ -514,7 +514,7 @@ def test_unknown_device(tmp_path: Path) -> None:
 
 def test_divergence_is_one_sentence(tmp_path: Path) -> None:
     folder = start(tmp_path / "run", tiny(optimizer="sgd", lr=1e30))
-    with pytest.raises(training.RunError, match="the loss is not finite at step"):
+    with pytest.raises(training.Refused, match="the loss is not finite at step"):
         training.fit(folder, DIGITS)
 
 
@@ -580,7 +580,7 @@ def test_a_guard_of_the_objective_stops_the_run(tmp_path: Path) -> None:
         config = TrainConfig.recipe("moons", **{**experiments.COLLAPSING, "weight_decay": decay})
         folder = start(tmp_path / str(decay), config)
         if decay:
-            with pytest.raises(training.RunError, match=r"^step \d+: V is the same for all states"):
+            with pytest.raises(training.Refused, match=r"^step \d+: V is the same for all states"):
                 training.fit(folder, data.load("moons"))
         else:
             assert training.fit(folder, data.load("moons")).accuracy > 0.8

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -279,6 +280,21 @@ def test_reproduce_in_portions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     first.write_bytes(before[:-20])
     with pytest.warns(UserWarning, match="computed again"):
         assert experiments.read(experiments.cells(only=["plane/blobs"], steps=2)[0], out) is None
+
+
+def test_only_what_a_guard_says_is_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that cannot be written is no network that collapsed."""
+    monkeypatch.setattr(planar, "regions", functools.partial(planar.regions, side=9, step_size=0.5))
+    cells = experiments.cells(only=["plane/collapse, weight decay 10"])
+    found = experiments.compute(cells[0], tmp_path / "a", tmp_path / "work", on_progress=lambda _: None)
+    assert "V is the same for all states" in found["refused"]
+
+    def vanish(_: str) -> None:
+        shutil.rmtree(tmp_path / "other", ignore_errors=True)
+
+    with pytest.raises(training.RunError, match="cannot be written"):
+        experiments.compute(cells[0], tmp_path / "b", tmp_path / "other", on_progress=vanish)
+    assert not list((tmp_path / "b").glob("plane/*.json"))
 
 
 def test_image_cell_end_to_end(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from robust_node_fast.training.checkpoint import CheckpointError
 from robust_node_fast.training.config import NETWORKS, TrainConfig, ZubovConfig
-from robust_node_fast.training.errors import Interrupted, RunError
+from robust_node_fast.training.errors import Interrupted, Refused, RunError
 from robust_node_fast.training.folder import accuracy_by_epoch, last_step, load_config, load_model, prepare, writing
 from robust_node_fast.training.networks import NAMES as MODELS
 from robust_node_fast.training.networks import certificate
@@ -17,6 +17,7 @@ __all__ = [
     "CheckpointError",
     "Interrupted",
     "Outcome",
+    "Refused",
     "RunError",
     "TrainConfig",
     "ZubovConfig",

@@ -31,7 +31,7 @@ from robust_node_fast.training import folder as run_folder
 from robust_node_fast.training.batch_norm import synchronize_batch_norm_
 from robust_node_fast.training.checkpoint import CheckpointError
 from robust_node_fast.training.config import TrainConfig
-from robust_node_fast.training.errors import Interrupted, RunError
+from robust_node_fast.training.errors import Interrupted, Refused, RunError
 from robust_node_fast.training.metrics import Metrics
 from robust_node_fast.training.objective import objective_of
 from robust_node_fast.training.signals import StopSignals
@@ -95,9 +95,9 @@ def fit(folder: Path, dataset: Dataset, *, on_step: OnStep | None = None, tensor
         tensorboard: also write the metrics to ``folder/tensorboard``.
 
     Raises:
-        RunError: no run there, the folder cannot be written, no such device, TensorBoard is not installed, loss or
-            gradient are not finite, a guard of the objective refuses, batches are too small to be shared, or another
-            process is lost.
+        RunError: no run there, the folder cannot be written, no such device, TensorBoard is not installed, batches are
+            too small to be shared, or another process is lost.
+        Refused: loss or gradient are not finite, or a guard of the objective refuses to go on.
         CheckpointError: the checkpoint is corrupted or belongs to another configuration.
         Interrupted: see above.
     """
@@ -232,7 +232,7 @@ class _Trainer:
                 try:
                     objective, found = self.parallel(self._inputs(index, draws), self.train_labels[index])
                 except ValueError as error:  # a guard of the objective
-                    raise RunError(f"step {self.step + 1}: {error}") from error
+                    raise Refused(f"step {self.step + 1}: {error}") from error
                 torch.autograd.backward(world_size * weight * objective)  # world_size: then averaged over processes
             values += weight * found
         distributed.total(values)
@@ -253,7 +253,7 @@ class _Trainer:
             return
         what, value = ("gradient", norm) if all(map(math.isfinite, values)) else ("loss", values[0])
         kept = f"; the checkpoint of step {self.saved} is kept" if self.saved else ""
-        raise RunError(f"the {what} is not finite at step {self.step + 1}: {value}; a smaller --lr may help{kept}")
+        raise Refused(f"the {what} is not finite at step {self.step + 1}: {value}; a smaller --lr may help{kept}")
 
     def _write(self, record: dict[str, float]) -> None:
         if self.metrics is not None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from robust_node_fast import data, robustness, training
 from robust_node_fast._version import __version__
-from robust_node_fast.training import CheckpointError, Outcome, RunError, TrainConfig, writing
+from robust_node_fast.training import CheckpointError, Outcome, Refused, TrainConfig, writing
 from robust_node_fast.training.checkpoint import replace_file
 from robust_node_fast.zubov import contenders, picture, planar
 from robust_node_fast.zubov.network import ZubovNet
@@ -228,7 +228,7 @@ def _plane(cell: Plane, image: Path, run: Path, dataset: data.Dataset, on_progre
     found: dict[str, Any] = {"before": _describe(before), "refused": None}
     try:
         net, outcome = _trained(cell, run, dataset, on_progress)
-    except RunError as error:  # a guard: what it says is the result
+    except Refused as error:  # what a guard says is the result
         return {**found, "refused": str(error)}
     assert isinstance(net, ZubovNet)
     after = planar.regions(net, points)
