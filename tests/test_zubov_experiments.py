@@ -136,6 +136,19 @@ def test_reach_and_floor_of_the_consistency_loss() -> None:
             consistency(circle_field, **{name: -1.0})
 
 
+def test_a_guard_of_the_objective_stops_the_run(tmp_path: Path) -> None:
+    """Weight decay shrinks the backbone until all points have the same state: without the guard training would go on
+    with equal logits for all of them. The same run without decay learns."""
+    for decay in (10.0, 0.0):
+        config = TrainConfig.recipe("moons", **{**experiments.COLLAPSING, "weight_decay": decay})
+        folder = start(tmp_path / str(decay), config)
+        if decay:
+            with pytest.raises(training.Refused, match=r"^step \d+: V is the same for all states"):
+                training.fit(folder, data.load("moons"))
+        else:
+            assert training.fit(folder, data.load("moons")).accuracy > 0.8
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Rivals
 # ---------------------------------------------------------------------------------------------------------------------
