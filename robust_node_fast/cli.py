@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import inspect
 import itertools
 import json
 import signal
@@ -13,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, get_type_hints
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 from rich import box
@@ -24,9 +22,10 @@ from torch import nn
 
 from robust_node_fast import _backends, data, robustness, training
 from robust_node_fast import reproduce as reproduction
-from robust_node_fast.certify import Summary, linf_certified, summarise
-from robust_node_fast.training import Outcome, TrainConfig, distributed
+from robust_node_fast.certify import Summary, summarise
+from robust_node_fast.training import Outcome, TrainConfig, distributed, settings
 from robust_node_fast.training.checkpoint import replace_file
+from robust_node_fast.zubov import ZubovNet, margin_radius
 from robust_node_fast.zubov import commands as zubov_commands
 
 app = typer.Typer(
@@ -83,43 +82,18 @@ def _say(sentence: str) -> None:
     err.print(f"rnf: {who}{sentence}", markup=False, soft_wrap=True)
 
 
-def _options_of_config(command: Callable[..., None]) -> Callable[..., None]:
-    """Replaces ``**changes`` of a command by one option for every field of ``TrainConfig`` it does not name itself.
-
-    Type and help are the field's. Every default is ``None``, the recipe's value, which the help shows.
-    """
-    types = get_type_hints(TrainConfig)
-    parameters = dict(inspect.signature(command, eval_str=True).parameters)
-    del parameters["changes"]
-    for field in dataclasses.fields(TrainConfig):
-        if field.name not in parameters:
-            option = typer.Option(
-                help=field.metadata["help"], show_default=_default_of(field), rich_help_panel=field.metadata["panel"]
-            )
-            parameters[field.name] = inspect.Parameter(
-                field.name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=None,
-                annotation=Annotated[types[field.name] | None, option],
-            )
-    command.__signature__ = inspect.Signature(list(parameters.values()))  # type: ignore[attr-defined]
-    return command
-
-
-def _default_of(field: dataclasses.Field[Any]) -> str:
-    """``5; digits: 30; certified: 20``: the default, then the recipes that depart from it."""
-    default = field.default_factory() if callable(field.default_factory) else field.default
-    departures, contractive = [], training.RECIPES["contractive"]
-    for recipe, datasets in training.RECIPES.items():
-        given = {dataset: values[field.name] for dataset, values in datasets.items() if field.name in values}
-        if recipe == "large-batch":  # the contractive one, but for what it says anew
-            given = {name: value for name, value in given.items() if value != contractive[name].get(field.name)}
-        if recipe != "contractive" and given:  # for all data sets where they agree
-            agree = len(set(map(str, given.values()))) == 1
-            given = {f"{recipe} {dataset}": value for dataset, value in given.items()}
-            given = {recipe: next(iter(given.values()))} if agree else given
-        departures += [f"{name}: {value}" for name, value in given.items()]
-    return "; ".join([str(default) if default not in (None, []) else "none", *departures])
+def _settings(wanted: bool) -> None:
+    """Prints every setting of a training run, and ends the command."""
+    if not wanted:
+        return
+    for section, rows in itertools.groupby(settings.listed(), key=lambda row: row[0]):
+        shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1), title=section, title_justify="left")
+        for heading in ("setting", "default; recipes", ""):
+            shown.add_column(heading)
+        for _, *row in rows:
+            shown.add_row(*row)
+        out.print(shown)
+    raise typer.Exit
 
 
 @app.command()
@@ -150,60 +124,76 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = Fal
 
 @app.command()
 @_reported
-@_options_of_config
 def train(
     context: typer.Context,
     *,
     dataset: Annotated[
-        Literal["digits", "mnist", "fashionmnist", "cifar10"], typer.Option(help="Data set.")
+        str, typer.Option(metavar="NAME", help=f"{', '.join(data.IMAGES)}; points: {', '.join(data.PLANE)}.")
     ] = "digits",
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help=f"{', '.join(training.MODELS)}.", show_default="the recipe's"),
+    ] = None,
     recipe: Annotated[
-        Literal["contractive", "certified", "large-batch"],
-        typer.Option(help="Settings to start from: the paper's, for certificates, for large batches."),
-    ] = "contractive",
+        str | None,
+        typer.Option(metavar="NAME", help=f"{', '.join(training.RECIPES)}.", show_default="by model"),
+    ] = None,
     network: Annotated[
-        Literal["vanilla", "contractive", "both"] | None,
-        typer.Option(
-            help="Without or with the penalty, or both: same start, data order, budget.",
-            show_default="both; certified: vanilla",
-        ),
+        str | None,
+        typer.Option(metavar="NAME", help="vanilla, contractive, or both from the same start.", show_default="both"),
     ] = None,
+    epochs: Annotated[int | None, typer.Option(metavar="N", help="Passes over the training set.")] = None,
+    batch_size: Annotated[int | None, typer.Option(metavar="N", help="Images per step, over all processes.")] = None,
+    lr: Annotated[float | None, typer.Option(metavar="X", help="Learning rate.")] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Of weights, data order, augmentation.")] = None,
+    device: Annotated[str | None, typer.Option(metavar="NAME", help="cpu, cuda, ...", show_default="cpu")] = None,
+    data_root: Annotated[
+        str | None, typer.Option(metavar="DIR", help="torchvision's folder.", show_default="$RNF_DATA_ROOT")
+    ] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Any other setting, e.g. n_steps=5 (repeat for several)."),
+    ] = None,
+    _listed: Annotated[
+        bool, typer.Option("--settings", callback=_settings, is_eager=True, help="List all settings and exit.")
+    ] = False,
     out_folder: Annotated[
-        Path | None,
-        typer.Option("--out", help="Run folder.", show_default="runs/<dataset>-<network>-seed<seed>"),
+        Path | None, typer.Option("--out", metavar="DIR", help="Run folder.", show_default="runs/<name>")
     ] = None,
-    resume: Annotated[
-        Path | None, typer.Option(help="Continue the run in this folder; its configuration is fixed.")
-    ] = None,
+    resume: Annotated[Path | None, typer.Option(metavar="DIR", help="Continue the run in this folder.")] = None,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write TensorBoard files.")] = False,
-    backend: Backend = None,
+    backend: Annotated[
+        Literal["auto", "reference", "cpu", "triton", "cuda"] | None,
+        typer.Option(metavar="NAME", help="Implementation of the ops.", show_default="$RNF_BACKEND, else auto"),
+    ] = None,
     timeout: Annotated[
-        float,
-        typer.Option(min=1, help="Under torchrun: seconds to wait for another process."),
+        float, typer.Option(min=1, metavar="X", help="Under torchrun: seconds to wait for another process.")
     ] = 600,
-    **changes: Any,
 ) -> None:
-    """Train the vanilla and the contractive network on a data set.
+    """Train a network on a data set, by the recipe for it; docs/training.md has all settings.
 
-    A run can be stopped or killed at any moment and continued with --resume: it ends with the same bits.
-    On several cards or machines: torchrun --nproc-per-node 8 --max-restarts 3 -m robust_node_fast train ...
+    Stopped or killed at any moment, a run is continued with --resume and ends with the same bits.
+    On several cards: torchrun --nproc-per-node 8 -m robust_node_fast train ...
     """
     if resume is not None:
         free = {"resume", "tensorboard", "backend", "timeout"}
         fixed = [name for name in context.params if name not in free and _is_given(context, name)]
         if fixed:
-            raise typer.BadParameter(f"--resume takes no {', '.join(fixed)}: the configuration of a run is fixed")
+            named = ["--set" if name == "changes" else name for name in fixed]
+            raise typer.BadParameter(f"--resume takes no {', '.join(named)}: the configuration of a run is fixed")
         folders = _runs_in(resume)
     else:
-        configs = _configs(
-            dataset, recipe, network, {name: value for name, value in changes.items() if value not in (None, [])}
-        )
-        seed = next(iter(configs.values())).seed
+        options = {"model": model, "epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed}
+        options |= {"device": device, "data_root": data_root}
+        given = {name: value for name, value in options.items() if value is not None}
+        configs = _configs(dataset, recipe, network, given, [*options, "dataset", "network"], changes or [])
+        first = next(iter(configs.values()))
         which = next(iter(configs)) if len(configs) == 1 else "both"
-        name = f"{dataset}-{which if recipe == 'contractive' else recipe}-seed{seed}"
-        folder = out_folder or Path("runs") / name
+        if recipe not in (None, "contractive", "zubov"):
+            which = str(recipe)
+        folder = out_folder or Path("runs") / f"{dataset}-{which}-seed{first.seed}"
         folders = [folder / name if len(configs) > 1 else folder for name in configs]
-    config = training.load_config(folders[0]) if resume is not None else next(iter(configs.values()))
+    config = training.load_config(folders[0]) if resume is not None else first
     _choose(backend)
     with distributed.process_group(config.device, timeout):
         images = _load_data(config)
@@ -233,12 +223,26 @@ def _prepare(config: TrainConfig, folder: Path) -> None:
     training.prepare(config, folder, resume=distributed.is_parallel())
 
 
-def _configs(dataset: str, recipe: str, network: str | None, changes: dict[str, Any]) -> dict[str, TrainConfig]:
-    if network is None:
-        network = "vanilla" if recipe == "certified" else "both"
-    names = training.NETWORKS if network == "both" else (network,)
+def _configs(
+    dataset: str,
+    recipe: str | None,
+    network: str | None,
+    given: dict[str, Any],
+    options: list[str],
+    texts: list[str],
+) -> dict[str, TrainConfig]:
+    """The runs that a command asks for, by name: two for ``--network both``, else one."""
     try:
-        return {name: TrainConfig.recipe(dataset, recipe, network=name, **changes) for name in names}
+        changes = given | settings.parse(texts, options)
+        usual = TrainConfig.recipe(dataset, recipe, **{"network": "vanilla", **changes})
+        if not usual.is_convolutional:
+            if network is not None:
+                raise ValueError(f"network={network!r} is for convolutional networks, not for model={usual.model!r}")
+            return {usual.title: usual}
+        if network is None:
+            network = "vanilla" if recipe == "certified" else "both"
+        names = training.NETWORKS if network == "both" else (network,)
+        return {name: TrainConfig.recipe(dataset, recipe, **changes, network=name) for name in names}
     except (TypeError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
 
@@ -274,31 +278,34 @@ def _progress(task: str, total: int) -> Iterator[Callable[[int, str], None]]:
 def fit_with_progress(folder: Path, dataset: data.Dataset, *, tensorboard: bool = False) -> Outcome:
     """``training.fit`` under a progress bar on stderr."""
     config = training.load_config(folder)
-    steps = config.epochs * -(-len(dataset.train_labels[: config.train_samples]) // config.batch_size)
-    with _progress(f"train {config.network}", steps) as update:
+    steps = config.total_steps(len(dataset.train_labels[: config.train_samples]))
+    with _progress(f"train {config.title}", steps) as update:
         return training.fit(
             folder,
             dataset,
-            on_step=lambda step, _, record: update(
-                step, f"loss {record['loss']:.3f} penalty {record['penalty']:.2f} rate {record['rate']:.2f}"
-            ),
+            on_step=lambda step, _, record: update(step, " ".join(_values(record))),
             tensorboard=tensorboard,
         )
 
 
+def _values(record: dict[str, float]) -> list[str]:
+    """The metrics of a step, without its place in the run."""
+    return [f"{name} {value:.3g}" for name, value in record.items() if name not in ("step", "epoch", "lr")]
+
+
 def _print_outcomes(outcomes: list[Outcome]) -> None:
-    table = Table("network", "clean accuracy", "guaranteed rate", "asked rate", "penalty", "s / epoch", "folder")
+    """Networks of one kind: convolutional ones with their rates, of others the last step's losses."""
+    convolutional = outcomes[0].config.is_convolutional
+    own = ("guaranteed rate", "asked rate", "penalty") if convolutional else ("last step",)
+    table = Table("network", "clean accuracy", *own, "s / epoch", "folder")
     for outcome in outcomes:
-        asked = f"{outcome.config.rate:g}" if outcome.config.network == "contractive" else "-"
-        table.add_row(
-            outcome.config.network,
-            f"{outcome.accuracy:.2%}",
-            f"{outcome.rate:.4g}",
-            asked,
-            f"{outcome.penalty:.4g}",
-            f"{outcome.seconds_per_epoch:.2f}",
-            str(outcome.folder),
-        )
+        if convolutional:
+            asked = f"{outcome.config.rate:g}" if outcome.config.network == "contractive" else "-"
+            values = [f"{outcome.rate:.4g}", asked, f"{outcome.penalty:.4g}"]
+        else:
+            values = [", ".join(_values(training.last_step(outcome.folder)))]
+        seconds = f"{outcome.seconds_per_epoch:.2f}"
+        table.add_row(outcome.config.title, f"{outcome.accuracy:.2%}", *values, seconds, str(outcome.folder))
     out.print(table)
     for outcome in outcomes:
         if outcome.config.network == "contractive":
@@ -348,7 +355,7 @@ def evaluate(
             tempfile.TemporaryFile(dir=folder).close()  # before minutes of work rather than after them
         dataset = data.load(config.dataset, data_root or config.data_root)
         images, labels = dataset.test_images[:samples], dataset.test_labels[:samples]
-        with _progress(f"evaluate {config.network}", len(labels)) as update:
+        with _progress(f"evaluate {config.title}", len(labels)) as update:
             try:
                 report = robustness.evaluate(
                     model,
@@ -358,12 +365,12 @@ def evaluate(
                     eps_l2=eps_l2 or None,
                     seeds=range(seeds),
                     sources=sources,
-                    certify=linf_certified,
+                    certify=training.certificate(model),
                     on_batch=lambda done: update(done, ""),
                 )
             except ValueError as error:
                 _fail(f"{folder} cannot be evaluated: {error}", 1)
-        title = f"{config.dataset}, {config.network}"
+        title = f"{config.dataset}, {config.title}"
         with training.writing(folder):
             (folder / "report.md").write_text(f"# {title}\n\n{report.to_markdown()}")
             (folder / "report.json").write_text(report.to_json())
@@ -422,9 +429,14 @@ def certify(
             tempfile.TemporaryFile(dir=folder).close()  # before minutes of work rather than after them
         dataset = data.load(config.dataset, data_root or config.data_root)
         images, labels = dataset.test_images[:samples], dataset.test_labels[:samples]
-        with _progress(f"certify {config.network}", len(labels)) as update:
+        radius = None
+        if isinstance(model, ZubovNet):
+            radius = functools.partial(margin_radius, model, p="2" if norm == "l2" else "inf")
+        with _progress(f"certify {config.title}", len(labels)) as update:
             try:
-                found = summarise(model, images, labels, eps=eps, norm=norm, on_batch=lambda done: update(done, ""))
+                found = summarise(
+                    model, images, labels, eps=eps, norm=norm, radius=radius, on_batch=lambda done: update(done, "")
+                )
             except (TypeError, ValueError) as error:
                 _fail(f"{folder} cannot be certified: {error}", 1)
         with training.writing(folder):
@@ -432,7 +444,7 @@ def certify(
         if as_json:
             print(found.to_json())
         else:
-            _print_certificates(f"{config.dataset}, {config.network} ({folder})", found)
+            _print_certificates(f"{config.dataset}, {config.title} ({folder})", found)
 
 
 def _print_certificates(title: str, found: Summary) -> None:
@@ -632,9 +644,8 @@ def bench(
     _say(f"wrote {', '.join(str(path) for path in (output / 'flow.csv', *drawn))}")
 
 
-zubov_app = typer.Typer(no_args_is_help=True, help="Zubov-Nets in the plane: train one, draw its regions.")
+zubov_app = typer.Typer(no_args_is_help=True, help="Zubov-Nets in the plane: draw the regions of a run.")
 app.add_typer(zubov_app, name="zubov")
-zubov_app.command("train")(_reported(zubov_commands.train))
 zubov_app.command("plot")(_reported(zubov_commands.plot))
 reproduce_app.command("zubov")(_reported(zubov_commands.reproduce))
 

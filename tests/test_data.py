@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import pickle
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from robust_node_fast import data
+from robust_node_fast import data, training
 
 FOLDERS = {"mnist": "MNIST/raw", "fashionmnist": "FashionMNIST/raw", "cifar10": "cifar-10-batches-py"}
 
@@ -52,8 +55,56 @@ def test_digits_are_whole_scaled_and_split_alike_every_time() -> None:
 
 
 def test_unknown_name() -> None:
-    with pytest.raises(ValueError, match="name='svhn' is unknown, expected one of 'digits'"):
-        data.load("svhn")
+    with pytest.raises(ValueError, match="name='imagenet' is unknown, expected one of 'digits'"):
+        data.load("imagenet")
+
+
+def test_points_in_the_plane() -> None:
+    for name, classes in data.PLANE.items():
+        dataset = data.load(name)
+        assert (dataset.train_images.shape, dataset.test_images.shape) == ((512, 2), (1000, 2))
+        assert dataset.train_labels.unique().tolist() == list(range(classes)) == list(range(data.num_classes(name)))
+        assert dataset.train_images.std() == pytest.approx(1.0, abs=0.02)
+        assert torch.equal(dataset.train_images, data.points(name, 512, seed=0)[0])
+        assert not torch.equal(dataset.train_images, data.points(name, 512, seed=1)[0])
+
+
+def write_cifar100(root: Path) -> None:
+    folder = root / "cifar-100-python"
+    folder.mkdir()
+    images = np.random.default_rng(0).integers(0, 256, (8, 3072), dtype=np.uint8)
+    for name in ("train", "test"):
+        content = {"data": images, "fine_labels": [0, 99, 5, 7, 1, 2, 3, 4]}
+        (folder / name).write_bytes(pickle.dumps(content))
+    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": [str(i) for i in range(100)]}))
+
+
+def write_svhn(root: Path) -> None:
+    from scipy.io import savemat
+
+    images = np.random.default_rng(0).integers(0, 256, (32, 32, 3, 6), dtype=np.uint8)
+    for split in ("train", "test"):
+        savemat(root / f"{split}_32x32.mat", {"X": images, "y": np.array([[10], [1], [2], [3], [9], [10]])})
+
+
+@pytest.mark.parametrize(("name", "write"), [("cifar100", write_cifar100), ("svhn", write_svhn)])
+def test_a_zubov_net_trains_on_stubs_of_the_files_format(
+    name: str, write: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torchvision import datasets
+
+    write(tmp_path)
+    for source in (datasets.CIFAR100, datasets.SVHN):  # the stub's checksums are its own
+        monkeypatch.setattr(source, "_check_integrity", lambda self: True)
+    monkeypatch.setattr(datasets.cifar, "check_integrity", lambda *_: True)
+    dataset = data.load(name, tmp_path)
+    assert dataset.train_images.shape[1:] == (3, 32, 32)
+    assert (dataset.train_images.dtype, dataset.test_images.dtype) == (torch.uint8, torch.float32)
+    assert 0.0 <= dataset.test_images.min() < dataset.test_images.max() <= 1.0
+    assert dataset.train_labels.tolist()[:2] == ([0, 99] if name == "cifar100" else [0, 1])
+    config = training.TrainConfig.recipe(name, "zubov", steps=2, batch_size=4)
+    training.prepare(config, tmp_path / "run")
+    assert training.fit(tmp_path / "run", dataset).steps == 2
 
 
 def test_mnist_files_are_read_without_download(tmp_path: Path, no_network: None) -> None:

@@ -43,6 +43,7 @@ SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
     ["robust_node_fast.training", "sklearn.datasets", "sklearn.model_selection", "torch._dynamo"]
 )
+VECTORS = {"steps": None, "n_steps": 2, "lr": 0.01}
 Hook = Callable[[int, int], None]  # (rank, step)
 
 
@@ -146,8 +147,10 @@ EVERYTHING = {
         (EVERYTHING, 2),  # batch normalisation over both processes
         ({**STAGED, "accumulate": 2}, 2),
         ({**STAGED, "model": "StridedNode", "network": "vanilla", "certified_eps": 0.05}, 2),
+        ({**VECTORS, "model": "lyanet"}, 2),
+        ({**VECTORS, "model": "zubov", "zubov": {"consistency": 0.0, "separation": 0.0}}, 2),  # without random rays
     ],
-    ids=["penalty", "accumulated", "everything", "batch norm", "certified"],
+    ids=["penalty", "accumulated", "everything", "batch norm", "certified", "lyanet", "zubov"],
 )
 def test_several_processes_train_like_one(changes: dict[str, Any], world_size: int, tmp_path: Path) -> None:
     config = tiny(**changes)
@@ -179,11 +182,17 @@ def exit_at_5(rank: int, step: int) -> None:
         os._exit(1)
 
 
-def test_three_processes_resume_to_the_bit(tmp_path: Path) -> None:
-    """Three: sums of two numbers know no order. Dropout and batch normalisation."""
-    config = tiny(
-        model="CIFARNode", n_steps=1, ema_decay=0.5, augmentation="crop-flip", train_samples=64, batch_size=16
-    )
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": "CIFARNode", "ema_decay": 0.5, "augmentation": "crop-flip"},  # dropout and batch normalisation
+        {**VECTORS, "model": "zubov"},  # random rays
+    ],
+    ids=["CIFARNode", "zubov"],
+)
+def test_three_processes_resume_to_the_bit(changes: dict[str, Any], tmp_path: Path) -> None:
+    """Three: sums of two numbers know no order."""
+    config = tiny(**{"n_steps": 1, "train_samples": 64, "batch_size": 16, **changes})
     undisturbed, stopped = start(tmp_path / "undisturbed", config), start(tmp_path / "stopped", config)
     assert together(undisturbed, world_size=3) == ["done"] * 3
     together(stopped, world_size=3, hook=exit_at_5)
@@ -208,8 +217,13 @@ def test_torchrun_restarts_killed_workers_and_loses_nothing(tmp_path: Path) -> N
     config = TrainConfig.recipe("digits", **options, batch_size=32)
     undisturbed, killed, log = start(tmp_path / "undisturbed", config), tmp_path / "killed", tmp_path / "log"
     assert together(undisturbed) == ["done"] * 2
-    flat = [str(word) for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
-    arguments = ["train", "--network", "contractive", "--batch-size", "32", "--out", killed, *flat]
+    flat = [
+        word
+        for name in ("n_steps", "train_samples", "checkpoint_every")
+        for word in ("--set", f"{name}={options[name]}")
+    ]
+    flat += ["--epochs", "30", "--lr", "0.01", "--batch-size", "32"]
+    arguments = ["train", "--network", "contractive", "--out", killed, *flat]
     chance = random.Random(os.environ.get("RNF_TEST_SEED", "0"))
     saved, seen, kills, deadline = killed / "checkpoint.safetensors", 0, [], time.monotonic() + 2 * TIMEOUT
     with torchrun(*arguments, log=log, restarts=10) as agent:
@@ -260,7 +274,7 @@ def test_under_torchrun_the_same_command_goes_on(tmp_path: Path, monkeypatch: py
         where = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         for name, value in {**where, "GLOO_SOCKET_IFNAME": "lo"}.items():
             monkeypatch.setenv(name, value)
-        few = ["--n-steps", "1", "--epochs", "1", "--train-samples", "64", "--network", "vanilla"]
+        few = ["--set", "n_steps=1", "--epochs", "1", "--set", "train_samples=64", "--network", "vanilla"]
         try:
             return CliRunner().invoke(cli.app, ["train", "--out", str(tmp_path / "run"), *few, *changes])
         finally:

@@ -278,7 +278,8 @@ def test_example_commands(script: Path, tmp_path: Path, monkeypatch: pytest.Monk
         assert before == ["rnf"]
     images, labels = torch.randint(256, (64, 3, 32, 32), dtype=torch.uint8), torch.arange(64) % 10
     monkeypatch.setattr(data, "load", lambda *_: data.Dataset("cifar10", images, labels, data.to_float(images), labels))
-    small = ["--device", "cpu", "--no-compile", "--epochs", "1", "--n-steps", "1", "--out", str(tmp_path / "run")]
+    arguments = [word.replace("compile=true", "n_steps=1") for word in arguments]
+    small = ["--device", "cpu", "--epochs", "1", "--out", str(tmp_path / "run")]
     result = CliRunner().invoke(cli.app, [*arguments, *small])
     assert result.exit_code == 0, result.output
     for network in training.NETWORKS:

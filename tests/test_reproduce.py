@@ -126,7 +126,7 @@ def test_a_setting_that_is_newer_than_a_cell_has_its_default() -> None:
     for name, value in (("regularizer", "jacobian"), ("epochs", 6), ("unheard", 1)):
         assert not cell.has({**before, "train": {**before["train"], name: value}})
     assert not cell.has({**before, "protocol": 0})
-    assert "regularizer" not in grid._departures(cell.config)  # so its name does not hang on it
+    assert "regularizer" not in cell.config.departures()  # so its name does not hang on it
 
 
 def test_partners_are_on_the_other_side_of_the_penalty() -> None:

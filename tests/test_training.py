@@ -26,6 +26,7 @@ from robust_node_fast.training import checkpoint, trainer
 from robust_node_fast.training.config import TrainConfig
 
 DIGITS = data.load("digits")
+ZUBOV = {"model": "zubov", "network": "vanilla"}
 FEW = dataclasses.replace(  # for the wide network
     DIGITS,
     train_images=DIGITS.train_images[:64],
@@ -52,6 +53,11 @@ def one_thread() -> Iterator[None]:
 
 def tiny(**changes: Any) -> TrainConfig:
     return TrainConfig.recipe("digits", **{"epochs": 2, "milestones": [1], "lr_decay": 0.5, "n_steps": 3, **changes})
+
+
+def vectors(model: str, **changes: Any) -> TrainConfig:
+    """A Zubov-Net, or what it is compared with; the last of its epochs is cut short."""
+    return TrainConfig.recipe("digits", model=model, **{"steps": 15, "batch_size": 256, **changes})
 
 
 def assert_same_run(folder: Path, undisturbed: Path) -> None:
@@ -154,10 +160,18 @@ def run_child(folder: Path, kill_after: float | None = None) -> int:
     return process.exitcode
 
 
-def test_sigkill_at_random_moments_loses_nothing(tmp_path: Path) -> None:
-    # A checkpoint after every step: most of the time goes into writing them, and many kills hit a write.
-    undisturbed = start(tmp_path / "undisturbed", tiny(checkpoint_every=1, epochs=3))
-    killed = start(tmp_path / "killed", tiny(checkpoint_every=1, epochs=3))
+# A checkpoint after every step: most of the time goes into writing them, and many kills hit a write.
+@pytest.mark.parametrize(
+    "config",
+    [
+        tiny(checkpoint_every=1, epochs=3),
+        TrainConfig.recipe("digits", model="zubov", steps=69, batch_size=64, checkpoint_every=1),
+    ],
+    ids=["contractive", "zubov"],
+)
+def test_sigkill_at_random_moments_loses_nothing(config: TrainConfig, tmp_path: Path) -> None:
+    undisturbed = start(tmp_path / "undisturbed", config)
+    killed = start(tmp_path / "killed", config)
     run_child(tmp_path)  # fails at once; the server has forked once and is warm
     begin = time.perf_counter()
     assert run_child(undisturbed) == 0
@@ -196,8 +210,12 @@ def test_sigkill_at_random_moments_loses_nothing(tmp_path: Path) -> None:
             FEW,
         ),  # dropout and batch norm
         (tiny(epochs=3, model="StridedNode", n_steps=1, batch_size=16, certified_eps=0.05, checkpoint_every=3), FEW),
+        (vectors("zubov", checkpoint_every=5, ema_decay=0.9, grad_clip=1.0), DIGITS),
+        (vectors("zubov", checkpoint_every=4, optimizer="sgd", momentum=0.9, nesterov=True, accumulate=2), DIGITS),
+        (vectors("contractive-node", checkpoint_every=5), DIGITS),
+        (vectors("lyanet", checkpoint_every=5), DIGITS),
     ],
-    ids=["adam", "epoch", "sgd", "dropout", "certified"],
+    ids=["adam", "epoch", "sgd", "dropout", "certified", "zubov", "zubov-sgd", "contractive-node", "lyanet"],
 )
 def test_resumes_to_the_bit_from_any_step(config: TrainConfig, dataset: data.Dataset, tmp_path: Path) -> None:
     undisturbed = start(tmp_path / "undisturbed", config)
@@ -495,7 +513,7 @@ def test_unknown_device(tmp_path: Path) -> None:
 
 def test_divergence_is_one_sentence(tmp_path: Path) -> None:
     folder = start(tmp_path / "run", tiny(optimizer="sgd", lr=1e30))
-    with pytest.raises(training.RunError, match="the loss is not finite at step"):
+    with pytest.raises(training.Refused, match="the loss is not finite at step"):
         training.fit(folder, DIGITS)
 
 
@@ -527,11 +545,50 @@ def test_recipes() -> None:
     assert [cifar.lr_factor(epoch) for epoch in (49, 50, 69, 70, 80, 99)] == pytest.approx(
         [1, 0.1, 0.1, 1e-2, 1e-3, 1e-3]
     )
-    for dataset, (channels, image_size) in data.DATASETS.items():
+    for dataset in ("digits", "mnist", "fashionmnist", "cifar10"):
+        channels, image_size = data.IMAGES[dataset]
         config = TrainConfig.recipe(dataset, n_steps=1)
         images = torch.rand(2, channels, image_size, image_size)
         assert config.build_model().eval()(images).shape == (2, 10)
         assert TrainConfig.from_json(config.to_json()) == config
+    with pytest.raises(ValueError, match="recipe='contractive' is there for mnist, fashionmnist, digits, cifar10, not"):
+        TrainConfig.recipe("svhn")
+
+
+def test_zubov_recipes() -> None:
+    for dataset in data.NAMES:
+        config = TrainConfig.recipe(dataset, model="zubov")
+        assert config == TrainConfig.recipe(dataset, "zubov")
+        inputs = torch.rand(2, 2) if dataset in data.PLANE else torch.rand(2, data.IMAGES[dataset][0], 32, 32)
+        if dataset in data.IMAGES:
+            inputs = inputs[..., : data.IMAGES[dataset][1], : data.IMAGES[dataset][1]]
+        assert config.initial_model().eval()(inputs).shape == (2, data.num_classes(dataset))
+        assert TrainConfig.from_json(config.to_json()) == config
+        assert TrainConfig(**config.departures()) == config
+    digits = TrainConfig.recipe("digits", model="zubov")
+    assert [digits.lr_factor(0, progress) for progress in (0.0, 0.5, 1.0)] == pytest.approx([1.0, 0.5, 0.0])
+    assert (digits.total_steps(1437), TrainConfig.recipe("digits").total_steps(1437)) == (500, 30 * 23)
+    changed = TrainConfig.recipe("moons", zubov={"consistency": 0.0})
+    assert (changed.zubov.consistency, changed.zubov.n_rays) == (0.0, 240)  # the others stay the recipe's
+
+
+def test_an_epoch_that_is_cut_short_is_tested(tmp_path: Path) -> None:
+    folder = start(tmp_path / "run", vectors("node", steps=8))  # 6 steps an epoch
+    outcome = training.fit(folder, DIGITS)
+    found = records(folder)
+    assert [record["step"] for record in found if "test_accuracy" in record] == [6, 8]
+    assert found[-1]["test_accuracy"] == outcome.accuracy
+    assert outcome.seconds_per_epoch == pytest.approx(outcome.seconds * 6 / 8)
+    assert training.last_step(folder) == found[-2]
+
+
+def test_weights_of_zubov_losses_can_be_zero(tmp_path: Path) -> None:
+    config = vectors("zubov", steps=2, zubov={"consistency": 0.0, "separation": 0.0})
+    folder = start(tmp_path / "run", config)
+    training.fit(folder, DIGITS)
+    last = training.last_step(folder)
+    assert (last["consistency"], last["separation"]) == (0.0, 0.0)
+    assert last["loss"] == last["classification"] > 0.0
 
 
 def test_certified_recipes() -> None:
@@ -577,11 +634,32 @@ def test_certified_training_pays(tmp_path: Path) -> None:
         ({"momentum": 0.9}, "momentum=0.9 belongs to SGD"),
         ({"certified_eps": -0.1}, "certified_eps=-0.1 is out of range, expected a number >= 0"),
         ({"certified_eps": 0.1, "model": "CIFARNode"}, "certified_eps=0.1 does not fit model='CIFARNode'"),
+        ({"steps": 0}, "steps=0 is too small"),
+        ({"schedule": "linear"}, "schedule='linear' is unknown"),
+        ({"dataset": "moons"}, "model='MNISTNode' takes images, expected model='zubov' for 'moons'"),
+        ({"model": "zubov"}, "network='contractive' does not fit model='zubov', expected 'vanilla'"),
+        ({**ZUBOV, "compile": True}, "compile=True does not fit model='zubov'"),
+        ({**ZUBOV, "label_smoothing": 0.1}, "label_smoothing=0.1 does not fit model='zubov'"),
+        (
+            {**ZUBOV, "dataset": "moons"},
+            "zubov.backbone='conv' does not fit dataset='moons', expected one of 'identity'",
+        ),
+        ({**ZUBOV, "zubov": {"backbone": "mlp"}}, "zubov.backbone='mlp' does not fit dataset='mnist'"),
+        ({**ZUBOV, "dataset": "moons", "zubov": {"backbone": "identity"}}, "zubov.dim=32 does not fit"),
+        (
+            {**ZUBOV, "dataset": "moons", "zubov": {"backbone": "mlp"}, "augmentation": "crop-flip"},
+            "augmentation, channels_last and track_eps are for images, not for 'moons'",
+        ),
+        ({"zubov": {"n_rays": 0}}, "zubov.n_rays=0 is too small"),
+        ({"zubov": {"reach": -0.1}}, "zubov.reach=-0.1 is out of range, expected a number >= 0"),
+        ({"zubov": {"floor": 0.0}}, "zubov.floor=0.0 is out of range, expected a number > 0"),
+        ({"zubov": {"attention": "none"}}, "zubov.attention='none' is unknown"),
+        ({"zubov": dict.fromkeys(("consistency", "classification", "separation"), 0.0)}, "zubov's weights are all 0"),
     ],
 )
 def test_configurations_out_of_range(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        TrainConfig("mnist", **changes)
+        TrainConfig(**{"dataset": "mnist", **changes})
     with pytest.raises(TypeError, match=r"batch_size=1.5 is a float, expected an int"):
         TrainConfig("mnist", batch_size=1.5)  # type: ignore[arg-type]
 

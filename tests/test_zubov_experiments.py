@@ -5,22 +5,24 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import pickle
+import shutil
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from helpers import start
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from robust_node_fast import cli, zubov
-from robust_node_fast.training import CheckpointError, RunError
-from robust_node_fast.zubov import contenders, experiments, page, planar, recipe
-from robust_node_fast.zubov import training as zubov_training
+from robust_node_fast import cli, data, training, zubov
+from robust_node_fast.certify import linf_certified
+from robust_node_fast.training import TrainConfig
+from robust_node_fast.training.objective import objective_of
+from robust_node_fast.zubov import contenders, experiments, page, planar
 from robust_node_fast.zubov.attraction import attracted_to, overlap, plane
-from robust_node_fast.zubov.training import Budget, fit
 
+DIGITS = data.load("digits")
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results" / "zubov"
 run = CliRunner()
 
@@ -92,25 +94,16 @@ def test_consistency_loss_shrinks_the_difference_of_the_regions() -> None:
     assert differences[2] < differences[0] / 4
 
 
-def test_training_in_the_plane_aligns_the_regions() -> None:
-    goal = zubov_training.ZubovObjective(consistency=3.0, rate=1.0, n_rays=60, reach=0.25, floor=0.1)
-    config = planar.Planar(objective=goal, budget=Budget(steps=500, batch_size=64))
-    points, labels = planar.data("blobs", config.samples, 0)
-    net = config.build()
-    before = planar.regions(net, points, side=41, step_size=0.1).overlaps
-    fit(net, goal, points, labels, config.budget)
-    after = planar.regions(net, points, side=41, step_size=0.1).overlaps
+def test_training_in_the_plane_aligns_the_regions(tmp_path: Path) -> None:
+    few = {"consistency": 3.0, "n_rays": 60, "floor": 0.1}
+    config = TrainConfig.recipe("blobs", steps=500, zubov=few)
+    dataset = data.load("blobs")
+    found = []
+    training.fit(start(tmp_path / "run", config), dataset)
+    for net in (config.initial_model(), training.load_model(tmp_path / "run")[0]):
+        found.append(planar.regions(net, dataset.train_images, side=41, step_size=0.1).overlaps)
+    before, after = found
     assert min(after) > max(before) + 0.3, (before, after)
-
-
-def test_data_of_the_plane() -> None:
-    for problem, classes in planar.PROBLEMS.items():
-        points, labels = planar.data(problem, 60, 3)
-        assert points.shape == (60, 2)
-        assert labels.unique().tolist() == list(range(classes))
-        assert points.std() == pytest.approx(1.0, abs=0.02)
-        assert torch.equal(points, planar.data(problem, 60, 3)[0])
-        assert not torch.equal(points, planar.data(problem, 60, 4)[0])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -143,77 +136,17 @@ def test_reach_and_floor_of_the_consistency_loss() -> None:
             consistency(circle_field, **{name: -1.0})
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class Killed(Exception):
-    pass
-
-
-def kill_at(step: int):  # type: ignore[no-untyped-def]
-    def on_step(now: int, total: int, terms: dict[str, float]) -> None:
-        if now == step:
-            raise Killed
-
-    return on_step
-
-
-@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
-def test_a_killed_run_ends_with_the_bits_of_an_undisturbed_one(tmp_path: Path, optimizer: str) -> None:
-    config = planar.Planar("blobs3", budget=Budget(steps=12, batch_size=100, optimizer=optimizer, grad_clip=1.0))
-    points, labels = planar.data("blobs3", 250, 0)
-
-    def train(path: Path | None, **options: object) -> dict[str, Tensor]:
-        net = config.build()
-        fit(net, config.objective, points, labels, config.budget, checkpoint=path, every=5, **options)  # type: ignore[arg-type]
-        return net.state_dict()
-
-    whole = train(None)
-    path = tmp_path / "run.safetensors"
-    with pytest.raises(Killed):
-        train(path, on_step=kill_at(8))  # after the checkpoint of step 5, in the middle of an epoch
-    resumed = train(path)
-    assert whole.keys() == resumed.keys()
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    fresh = config.build().state_dict()
-    assert not all(torch.equal(whole[name], fresh[name]) for name in whole)
-    again = train(path)  # finished: nothing is left to do
-    assert all(torch.equal(whole[name], again[name]) for name in whole)
-    with pytest.raises(CheckpointError, match="another run"):
-        fit(config.build(), config.objective, points, labels, config.budget, seed=1, checkpoint=path)
-    path.write_bytes(path.read_bytes()[:-5])
-    with pytest.raises(CheckpointError, match="truncated"):
-        train(path)
-
-
-def test_guard_stops_a_run_whose_states_collapse() -> None:
-    """Without the guard it would go on with the same logits for all points; without the weight decay it learns."""
-    points, labels = planar.data("moons", 256, 0)
-    config = planar.Planar("moons", "mlp", objective=experiments.COLLAPSING, budget=experiments.DECAY)
-    with pytest.raises(RunError, match=r"step \d+: V is the same for all states"):
-        fit(config.build(), config.objective, points, labels, config.budget)
-    net = config.build()
-    fit(net, config.objective, points, labels, dataclasses.replace(config.budget, weight_decay=0.0))
-    assert zubov_training.accuracy(net, points, labels) > 0.8
-
-
-def test_objective_that_is_not_finite_stops_the_run() -> None:
-    def broken(net: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        return {"loss": net(x).sum() * torch.inf}
-
-    with pytest.raises(RunError, match="step 1: the objective is not finite"):
-        fit(nn.Linear(2, 2), broken, torch.ones(4, 2), torch.zeros(4, dtype=torch.int64), Budget(steps=2))
-
-
-@pytest.mark.parametrize(
-    ("change", "match"),
-    [({"steps": 0}, "steps=0"), ({"lr": -1.0}, "lr=-1.0"), ({"optimizer": "adagrad"}, "optimizer='adagrad'")],
-)
-def test_budgets_that_make_no_sense(change: dict[str, object], match: str) -> None:
-    with pytest.raises(ValueError, match=match):
-        Budget(**{"steps": 1, **change})  # type: ignore[arg-type]
+def test_a_guard_of_the_objective_stops_the_run(tmp_path: Path) -> None:
+    """Weight decay shrinks the backbone until all points have the same state: without the guard training would go on
+    with equal logits for all of them. The same run without decay learns."""
+    for decay in (10.0, 0.0):
+        config = TrainConfig.recipe("moons", **{**experiments.COLLAPSING, "weight_decay": decay})
+        folder = start(tmp_path / str(decay), config)
+        if decay:
+            with pytest.raises(training.Refused, match=r"^step \d+: V is the same for all states"):
+                training.fit(folder, data.load("moons"))
+        else:
+            assert training.fit(folder, data.load("moons")).accuracy > 0.8
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -221,100 +154,48 @@ def test_budgets_that_make_no_sense(change: dict[str, object], match: str) -> No
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_rivals_share_the_backbone_and_learn() -> None:
-    from robust_node_fast import data
-
-    digits = data.load("digits")
-    first = contenders.build("node", 1, 8, 10, seed=5).backbone.state_dict()
+def test_rivals_share_the_backbone_and_learn(tmp_path: Path) -> None:
+    first = TrainConfig.recipe("digits", model="node", seed=5).initial_model().backbone.state_dict()
     for method in contenders.METHODS:
-        net = contenders.build(method, 1, 8, 10, seed=5)
+        config = TrainConfig.recipe("digits", model=method, seed=5, steps=60, batch_size=64, lr=1e-2)
+        net = config.initial_model()
         assert all(torch.equal(first[name], value) for name, value in net.backbone.state_dict().items())
-        goal = contenders.objective(method)
-        generator = torch.Generator().manual_seed(0)
-        terms = goal(net, digits.train_images[:32], digits.train_labels[:32], generator)
-        torch.stack(list(terms.values())).sum().backward()
+        goal = objective_of(net, config)
+        value, metrics = goal(DIGITS.train_images[:32], DIGITS.train_labels[:32])
+        value.backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters()), method
-        last = fit(net, goal, digits.train_images, digits.train_labels, Budget(steps=60, batch_size=64))
-        assert last["classification"] < 0.7 * terms["classification"].item(), method
+        training.fit(start(tmp_path / method, config), DIGITS)
+        name = "classification" if method == "zubov" else "loss"
+        before = dict(zip(goal.metrics, metrics.tolist(), strict=True))[name]
+        assert training.last_step(tmp_path / method)[name] < 0.7 * before, method
 
 
 def test_bare_backbone_is_the_trained_one_with_a_head_of_its_own() -> None:
-    from robust_node_fast import data
-
-    digits = data.load("digits")
-    net = contenders.build("zubov", 1, 8, 10, seed=0)
-    bare = contenders.bare_backbone(net, digits.train_images, digits.train_labels, 10, seed=0)
-    found = (bare(digits.test_images).argmax(1) == digits.test_labels).float().mean()
+    net = TrainConfig.recipe("digits", model="zubov").initial_model()
+    bare = contenders.bare_backbone(net, DIGITS.train_images, DIGITS.train_labels, 10)
+    found = (bare(DIGITS.test_images).argmax(1) == DIGITS.test_labels).float().mean()
     assert bare[0] is net.backbone
-    assert found > 0.5  # of random features; chance is 0.1
+    assert found > 0.7  # of random features; chance is 0.1
 
 
 def test_lyapunov_rival_charges_for_energy_that_does_not_fall() -> None:
-    net = contenders.build("lyanet", 1, 8, 10, seed=0)
+    config = TrainConfig.recipe("digits", model="lyanet", rate=2.0)
+    net = config.initial_model()
     with torch.no_grad():
         net.dynamics.weight2.zero_()
         net.dynamics.bias2.zero_()
-    images, labels = torch.rand(6, 1, 8, 8), torch.arange(6)
-    terms = contenders.Lyapunov(rate=2.0)(net, images, labels, torch.Generator())
-    assert float(terms["lyapunov"]) == pytest.approx(2.0 * float(terms["classification"]), rel=1e-5)  # f = 0
+    _, (loss, penalty) = objective_of(net, config)(torch.rand(6, 1, 8, 8), torch.arange(6))
+    assert float(penalty) == pytest.approx(2.0 * float(loss), rel=1e-5)  # f = 0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The full recipe
-# ---------------------------------------------------------------------------------------------------------------------
+def test_certificates_are_there_where_a_bound_is() -> None:
+    def found(**changes: Any) -> object:
+        return training.certificate(TrainConfig.recipe(**changes).build_model())
 
-
-def write_cifar100(root: Path) -> None:
-    folder = root / "cifar-100-python"
-    folder.mkdir()
-    images = np.random.default_rng(0).integers(0, 256, (8, 3072), dtype=np.uint8)
-    for name in ("train", "test"):
-        content = {"data": images, "fine_labels": [0, 99, 5, 7, 1, 2, 3, 4]}
-        (folder / name).write_bytes(pickle.dumps(content))
-    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": [str(i) for i in range(100)]}))
-
-
-def write_svhn(root: Path) -> None:
-    from scipy.io import savemat
-
-    images = np.random.default_rng(0).integers(0, 256, (32, 32, 3, 6), dtype=np.uint8)
-    for split in ("train", "test"):
-        savemat(root / f"{split}_32x32.mat", {"X": images, "y": np.array([[10], [1], [2], [3], [9], [10]])})
-
-
-@pytest.mark.parametrize(("name", "write"), [("cifar100", write_cifar100), ("svhn", write_svhn)])
-def test_recipe_runs_on_stubs_of_the_files_format(
-    name: str, write: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from torchvision import datasets
-
-    write(tmp_path)  # type: ignore[operator]
-    for source in (datasets.CIFAR100, datasets.SVHN):  # the stub's checksums are its own
-        monkeypatch.setattr(source, "_check_integrity", lambda self: True)
-    monkeypatch.setattr(datasets.cifar, "check_integrity", lambda *_: True)
-    images, labels = recipe.load(name, tmp_path, train=True)
-    assert images.shape[1:] == (3, 32, 32)
-    assert 0.0 <= images.min() < images.max() <= 1.0
-    assert labels.tolist()[:2] == ([0, 99] if name == "cifar100" else [0, 1])
-    recipe.main(
-        [name, "--device", "cpu", "--steps", "1", "--batch-size", "4", "--data-root", str(tmp_path), "--out",
-         str(tmp_path / "out"), "--test-samples", "4"]
-    )  # fmt: skip
-    assert "accuracy" in capsys.readouterr().out
-
-
-def test_crop_and_flip_only_moves_pixels() -> None:
-    images = torch.rand(64, 3, 32, 32)
-    moved = recipe.crop_and_flip(images, torch.Generator().manual_seed(0))
-    assert moved.shape == images.shape
-    centre = images[:, :, 12:20, 12:20].flatten(1).sort(1).values
-    hits = 0
-    for k in range(64):
-        known = set(images[k].flatten().tolist()) | {0.0}
-        assert set(moved[k].flatten().tolist()) <= known
-        hits += int(set(centre[k].tolist()) <= set(moved[k].flatten().tolist()))
-    assert hits == 64  # a shift by four at most does not lose the middle
-    assert not torch.equal(moved, images)
+    assert found(dataset="digits") is linf_certified
+    assert found(dataset="digits", model="zubov") is zubov.margin_certified
+    assert found(dataset="digits", model="node") is None
+    assert found(dataset="cifar10", model="zubov") is None  # a ResNet has blocks, no list of layers
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -322,29 +203,64 @@ def test_crop_and_flip_only_moves_pixels() -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def test_train_evaluate_and_certify_digits(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    command = ["train", "--model", "zubov", "--dataset", "digits", "--set", "steps=120", "--out", str(folder)]
+    done = run.invoke(cli.app, command)
+    assert done.exit_code == 0, done.output
+    assert "consistency" in done.output
+    assert training.load_config(folder) == TrainConfig.recipe("digits", "zubov", steps=120)
+    before = (folder / "model.safetensors").read_bytes()
+    assert run.invoke(cli.app, ["train", "--resume", str(folder)]).exit_code == 0  # goes on where nothing is left
+    assert (folder / "model.safetensors").read_bytes() == before
+    done = run.invoke(cli.app, ["evaluate", str(folder), "--suite", "quick", "--samples", "40"])
+    assert done.exit_code == 0, done.output
+    report = json.loads((folder / "report.json").read_text())
+    assert report["results"][0]["mean"] > 0.8  # clean
+    assert "certified" in [result["name"] for result in report["results"]]
+    done = run.invoke(cli.app, ["certify", str(folder), "--samples", "10", "--eps", "0"])
+    assert done.exit_code == 0, done.output
+    content = json.loads((folder / "certificate_linf.json").read_text())
+    net, _ = training.load_model(folder)
+    radius = zubov.margin_radius(net, DIGITS.test_images[:10], DIGITS.test_labels[:10])
+    assert content["radius_mean"] == pytest.approx(float(radius.mean()))
+    assert content["certified"]["0.0"] == content["clean"]
+
+
+def test_evaluate_takes_rivals_and_certify_says_why_not(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    command = ["train", "--model", "node", "--set", "steps=2", "--out", str(folder)]
+    assert run.invoke(cli.app, command).exit_code == 0
+    done = run.invoke(cli.app, ["evaluate", str(folder), "--suite", "quick", "--samples", "10"])
+    assert done.exit_code == 0, done.output
+    assert "certified" not in done.output
+    done = run.invoke(cli.app, ["certify", str(folder)])
+    assert (done.exit_code, done.stderr.count("\n")) == (1, 1)
+    assert "cannot be certified" in done.stderr
+
+
 def test_train_and_plot(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    train = ["zubov", "train", "--problem", "moons", "--backbone", "mlp", "--steps", "3", "--side", "9"]
-    train += ["--out", str(folder)]
-    done = run.invoke(cli.app, train)
+    command = ["train", "--dataset", "moons", "--set", "zubov.backbone=mlp", "--set", "steps=3", "--out", str(folder)]
+    done = run.invoke(cli.app, command)
+    assert done.exit_code == 0, done.output
+    done = run.invoke(cli.app, ["zubov", "plot", str(folder), "--side", "9"])
     assert done.exit_code == 0, done.output
     assert "IoU" in done.output
-    assert run.invoke(cli.app, train).exit_code == 0  # goes on where nothing is left
-    done = run.invoke(cli.app, [*train, "--seed", "1"])
-    assert done.exit_code == 1
-    assert "another run" in done.stderr
-    assert run.invoke(cli.app, ["zubov", "plot", str(folder), "--side", "9"]).exit_code == 0
     assert (folder / "regions.png").read_bytes().startswith(b"\x89PNG")
+    done = run.invoke(cli.app, ["evaluate", str(folder)])
+    assert (done.exit_code, done.stderr.count("\n")) == (1, 1)
+    assert "cannot be evaluated" in done.stderr
 
 
 def test_errors_are_one_sentence(tmp_path: Path) -> None:
     done = run.invoke(cli.app, ["zubov", "plot", str(tmp_path)])
     assert (done.exit_code, done.stderr.count("\n")) == (1, 1)
     assert "no run folder" in done.stderr
-    (tmp_path / "config.json").write_text('{"objective": {}, "budget": {"steps": 1}, "problem": "torus"}')
-    done = run.invoke(cli.app, ["zubov", "plot", str(tmp_path)])
+    training.fit(start(tmp_path / "digits", TrainConfig.recipe("digits", "zubov", steps=1)), DIGITS)
+    done = run.invoke(cli.app, ["zubov", "plot", str(tmp_path / "digits")])
     assert (done.exit_code, done.stderr.count("\n")) == (1, 1)
-    assert "torus" in done.stderr
+    assert "has no regions to draw" in done.stderr
     done = run.invoke(cli.app, ["reproduce", "zubov", "--only", "nowhere"])
     assert done.exit_code == 2
     assert "nowhere" in done.stderr
@@ -377,6 +293,21 @@ def test_reproduce_in_portions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     first.write_bytes(before[:-20])
     with pytest.warns(UserWarning, match="computed again"):
         assert experiments.read(experiments.cells(only=["plane/blobs"], steps=2)[0], out) is None
+
+
+def test_only_what_a_guard_says_is_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that cannot be written is no network that collapsed."""
+    monkeypatch.setattr(planar, "regions", functools.partial(planar.regions, side=9, step_size=0.5))
+    cells = experiments.cells(only=["plane/collapse, weight decay 10"])
+    found = experiments.compute(cells[0], tmp_path / "a", tmp_path / "work", on_progress=lambda _: None)
+    assert "V is the same for all states" in found["refused"]
+
+    def vanish(_: str) -> None:
+        shutil.rmtree(tmp_path / "other", ignore_errors=True)
+
+    with pytest.raises(training.RunError, match="cannot be written"):
+        experiments.compute(cells[0], tmp_path / "b", tmp_path / "other", on_progress=vanish)
+    assert not list((tmp_path / "b").glob("plane/*.json"))
 
 
 def test_image_cell_end_to_end(tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ def summarise(
     eps: Sequence[float] = (0.1,),
     norm: str = "linf",
     tolerance: float = 0.01,
+    radius: Callable[[Tensor, Tensor], Tensor] | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> Summary:
     """Clean and certified accuracy, and the certified radii of all samples (0 where the prediction is wrong).
@@ -55,6 +56,8 @@ def summarise(
         eps: radii at which to certify.
         norm: ``"linf"`` (bound E) or ``"l2"`` (Lipschitz constants).
         tolerance: relative, of the l_inf radii.
+        radius: ``radius(x, y) -> (B,)``, below which a perturbation in that norm changes nothing, instead of the
+            bounds here (``zubov.margin_radius`` of a Zubov-Net).
         on_batch: called with the number of samples done.
 
     Raises:
@@ -71,21 +74,27 @@ def summarise(
         raise ValueError("data is empty, expected at least one image")
     radii, correct, counts = [], 0, dict.fromkeys(map(float, eps), 0)
     for x, y in zip(torch.split(images, _BATCH), torch.split(labels, _BATCH), strict=True):
-        radius = l2_radius(model, x, y) if norm == "l2" else linf_radius(model, x, y, tolerance=tolerance)
+        if radius is not None:
+            found = radius(x, y)
+        else:
+            found = l2_radius(model, x, y) if norm == "l2" else linf_radius(model, x, y, tolerance=tolerance)
         for value in counts:
-            certified = radius >= value if norm == "l2" else linf_certified(model, x, y, value)
-            counts[value] += int((certified & (radius > 0)).sum())
+            if radius is not None:
+                certified = found > value
+            else:
+                certified = found >= value if norm == "l2" else linf_certified(model, x, y, value)
+            counts[value] += int((certified & (found > 0)).sum())
         correct += int((model(x).argmax(1) == y).sum())
-        radii.append(radius)
+        radii.append(found)
         if on_batch is not None:
             on_batch(sum(map(len, radii)))
-    radius, n = torch.cat(radii), len(labels)
-    quantiles = torch.quantile(radius, torch.tensor(QUANTILES, dtype=radius.dtype, device=radius.device)).tolist()
+    found, n = torch.cat(radii), len(labels)
+    quantiles = torch.quantile(found, torch.tensor(QUANTILES, dtype=found.dtype, device=found.device)).tolist()
     return Summary(
         norm,
         n,
         correct / n,
         {value: count / n for value, count in counts.items()},
-        radius.mean().item(),
+        found.mean().item(),
         dict(zip(QUANTILES, quantiles, strict=True)),
     )

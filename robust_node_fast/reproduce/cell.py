@@ -20,6 +20,7 @@ from robust_node_fast import robustness, training
 from robust_node_fast._version import __version__
 from robust_node_fast.certify import linf_certified
 from robust_node_fast.data import Dataset
+from robust_node_fast.nn import EulerConvFlow
 from robust_node_fast.reproduce.grid import EPS, SUITE, TRANSFER_EPS, Cell, network_name
 from robust_node_fast.training import CheckpointError, Outcome, RunError, TrainConfig
 from robust_node_fast.training.checkpoint import replace_file
@@ -151,7 +152,7 @@ def compute(cell: Cell, folder: Path, dataset: Dataset, *, on_progress: OnProgre
             rate=own.rate,
             penalty=own.penalty,
             accuracy_by_epoch=training.accuracy_by_epoch(own.folder),
-            train_seconds=own.seconds_per_epoch * own.config.epochs,
+            train_seconds=own.seconds,
             report=report,
         )
         path = path_of(cell, folder)
@@ -183,8 +184,9 @@ def _trained(config: TrainConfig, folder: Path, dataset: Dataset, on_progress: O
 def _to_attack(run: Path) -> nn.Module:
     """The trained network, with states kept for the backward pass: the same gradients in less time."""
     model, _ = training.load_model(run)
-    for _, flow in model.flows():
-        flow.recompute = False
+    for module in model.modules():
+        if isinstance(module, EulerConvFlow):
+            module.recompute = False
     return model
 
 

@@ -6,7 +6,6 @@ another start as well), so the first part is a full grid of the two. The other p
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +27,6 @@ RATES = (0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 15.0)
 WEIGHTS = (0.01, 0.1, 1.0, 10.0)
 STEPS = ((0.01, 5), (0.01, 10), (0.01, 20), (0.05, 10), (0.1, 10))  # h, N
 PAPER: dict[str, Any] = {"rate_margin": 0.0, "n_steps": 10, "step_size": 0.01}  # beyond TrainConfig's defaults
-NOT_IN_THE_RESULT = ("data_root", "checkpoint_every")  # settings that change no number
 
 
 @dataclass(frozen=True)
@@ -52,8 +50,8 @@ class Cell:
         """All that decides the numbers, as JSON has it."""
         return {
             "protocol": PROTOCOL,
-            "train": _training(self.config),
-            "partner": _training(self.partner),
+            "train": self.config.settings(),
+            "partner": self.partner.settings(),
             "suite": SUITE,
             "eps": list(EPS),
             "transfer_eps": list(TRANSFER_EPS),
@@ -63,13 +61,13 @@ class Cell:
     @property
     def name(self) -> str:
         """For its file; other settings give another name, a setting that is new and at its default does not."""
-        settings = {**self.settings, "train": _departures(self.config), "partner": _departures(self.partner)}
+        settings = {**self.settings, "train": self.config.departures(), "partner": self.partner.departures()}
         return _name(self.config, settings)
 
     def has(self, settings: Mapping[str, Any]) -> bool:
         """Whether these are its settings; training settings that they do not know yet count as the defaults."""
         try:
-            known = {name: _training(TrainConfig(**settings[name])) for name in ("train", "partner")}
+            known = {name: TrainConfig(**settings[name]).settings() for name in ("train", "partner")}
         except (KeyError, TypeError, ValueError):
             return False
         return {**settings, **known} == self.settings
@@ -77,7 +75,7 @@ class Cell:
 
 def network_name(config: TrainConfig) -> str:
     """For the run folder of a network, which several cells may share."""
-    return _name(config, _departures(config))
+    return _name(config, config.departures())
 
 
 def penalty_name(config: TrainConfig) -> str:
@@ -161,16 +159,6 @@ def _partner(changes: dict[str, Any]) -> dict[str, Any]:
         return {"init": "default", "network": "vanilla"}
     same: dict[str, Any] = {name: changes[name] for name in ("init", "step_size", "n_steps") if name in changes}
     return {**same, "network": "contractive" if changes.get("network") == "vanilla" else "vanilla"}
-
-
-def _training(config: TrainConfig) -> dict[str, Any]:
-    return {name: value for name, value in dataclasses.asdict(config).items() if name not in NOT_IN_THE_RESULT}
-
-
-def _departures(config: TrainConfig) -> dict[str, Any]:
-    """From the defaults of ``TrainConfig``."""
-    plain = _training(TrainConfig(config.dataset))
-    return {name: value for name, value in _training(config).items() if name == "dataset" or value != plain[name]}
 
 
 def _name(config: TrainConfig, settings: dict[str, Any]) -> str:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import signal
 
-__all__ = ["Interrupted", "RunError"]
+__all__ = ["Interrupted", "Refused", "RunError"]
 
 
 class RunError(RuntimeError):
     """A run cannot go on; the message is one sentence that says why."""
+
+
+class Refused(RunError):
+    """A guard ended training: a loss or gradient is not finite, or the objective says why it cannot go on."""
 
 
 class Interrupted(RuntimeError):

@@ -8,9 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from robust_node_fast.models import Model
 from robust_node_fast.training import checkpoint
 from robust_node_fast.training.checkpoint import CheckpointError
 from robust_node_fast.training.config import TrainConfig
@@ -22,6 +21,7 @@ __all__ = [
     "MODEL",
     "accuracy_by_epoch",
     "check_belongs",
+    "last_step",
     "load_config",
     "load_model",
     "load_weights",
@@ -73,7 +73,7 @@ def load_config(folder: Path) -> TrainConfig:
         raise RunError(f"{path} is no configuration of a run ({error})") from error
 
 
-def load_model(folder: Path) -> tuple[Model, TrainConfig]:
+def load_model(folder: Path) -> tuple[nn.Module, TrainConfig]:
     """The network of the run in ``folder``, in eval mode on the CPU: the final one, or that of the last checkpoint.
 
     With ``ema_decay`` both are the averaged weights.
@@ -100,6 +100,12 @@ def accuracy_by_epoch(folder: Path) -> tuple[float, ...]:
     """Accuracy on the test set after every epoch so far of the run in ``folder``."""
     lines = map(json.loads, (folder / METRICS).read_text().splitlines())
     return tuple(line["test_accuracy"] for line in lines if "test_accuracy" in line)
+
+
+def last_step(folder: Path) -> dict[str, float]:
+    """The metrics of the last step so far of the run in ``folder``."""
+    lines = map(json.loads, (folder / METRICS).read_text().splitlines())
+    return [line for line in lines if "loss" in line][-1]
 
 
 @contextmanager

@@ -18,24 +18,22 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from robust_node_fast import _backends
-from robust_node_fast.certify import linf_certified
 from robust_node_fast.data import Dataset, to_float
-from robust_node_fast.models import Model
-from robust_node_fast.training import augment, checkpoint, distributed
+from robust_node_fast.training import augment, checkpoint, distributed, networks
 from robust_node_fast.training import folder as run_folder
 from robust_node_fast.training.batch_norm import synchronize_batch_norm_
 from robust_node_fast.training.checkpoint import CheckpointError
 from robust_node_fast.training.config import TrainConfig
-from robust_node_fast.training.errors import Interrupted, RunError
+from robust_node_fast.training.errors import Interrupted, Refused, RunError
 from robust_node_fast.training.metrics import Metrics
-from robust_node_fast.training.objective import Objective
+from robust_node_fast.training.objective import objective_of
 from robust_node_fast.training.signals import StopSignals
 
 __all__ = ["RATE_TOLERANCE", "Outcome", "check_device", "fit", "rate_sentence"]
@@ -49,19 +47,25 @@ _ENVIRONMENT_OF_OLD = {"processes": 1}  # what checkpoints did not say before it
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a finished run reached.
-
-    ``rate`` is the contraction rate guaranteed for every Euler step (the smallest over the steps; negative: not
-    contractive), ``penalty`` the contraction penalty at ``config.rate`` without the margin.
-    """
+    """What a finished run reached; ``final`` is what its objective says of the network beside the accuracy."""
 
     folder: Path
     config: TrainConfig
     steps: int
     accuracy: float
-    rate: float
-    penalty: float
+    final: dict[str, float]
+    seconds: float  # spent training, over all sittings
     seconds_per_epoch: float
+
+    @property
+    def rate(self) -> float:
+        """Of a convolutional network: the contraction rate guaranteed for every Euler step (negative: none is)."""
+        return self.final["rate"]
+
+    @property
+    def penalty(self) -> float:
+        """Of a convolutional network: the contraction penalty at ``config.rate`` without the margin."""
+        return self.final["penalty"]
 
     @property
     def satisfied(self) -> bool:
@@ -91,8 +95,9 @@ def fit(folder: Path, dataset: Dataset, *, on_step: OnStep | None = None, tensor
         tensorboard: also write the metrics to ``folder/tensorboard``.
 
     Raises:
-        RunError: no run there, the folder cannot be written, no such device, TensorBoard is not installed, loss or
-            gradient are not finite, batches are too small to be shared, or another process is lost.
+        RunError: no run there, the folder cannot be written, no such device, TensorBoard is not installed, batches are
+            too small to be shared, or another process is lost.
+        Refused: loss or gradient are not finite, or a guard of the objective refuses to go on.
         CheckpointError: the checkpoint is corrupted or belongs to another configuration.
         Interrupted: see above.
     """
@@ -124,8 +129,8 @@ class _Trainer:
         self.tracked: _Tracked | None = None
         if config.track_eps:
             self.tracked = _Tracked(config, dataset.test_images[:_TRACKED], dataset.test_labels[:_TRACKED])
-        torch.manual_seed(config.seed)
-        self.model = config.build_model().to(config.device)
+        self.model = config.initial_model().to(config.device)
+        torch.manual_seed(config.seed)  # again: what steps draw is not to depend on what the network's start drew
         self.averaged: AveragedModel | None = None
         if config.ema_decay:
             # Buffers too: statistics of batch normalisation are to fit the averaged weights.
@@ -133,14 +138,14 @@ class _Trainer:
             self.averaged = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
         if distributed.world_size() > 1:
             synchronize_batch_norm_(self.model, config.device)
-        objective = Objective(self.model, config)
+        self.objective = objective_of(self.model, config)
         if config.compile:
             # Never dynamic: a run that is resumed compiles what the undisturbed run did.
-            objective.compile(dynamic=False)
-        self.objective = distributed.parallel(objective)
+            self.objective.compile(dynamic=False)
+        self.parallel = distributed.parallel(self.objective)
         self.optimizer = _optimizer(config, self.model)
         self.steps_per_epoch = math.ceil(len(self.train_labels) / config.batch_size)
-        self.total = config.epochs * self.steps_per_epoch
+        self.total = config.total_steps(len(self.train_labels))
         self.step = 0  # optimizer steps done; with the seed it gives the place in the data
         self.saved = 0  # the step of the checkpoint
         self.seconds = 0.0  # spent training up to this step, over all sittings
@@ -154,7 +159,9 @@ class _Trainer:
     def train(self, stop: StopSignals, on_step: OnStep | None) -> None:
         """From the current step to the last."""
         scheduler = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: self.config.lr_factor(step / self.steps_per_epoch), last_epoch=self.step - 1
+            self.optimizer,
+            lambda step: self.config.lr_factor(step / self.steps_per_epoch, step / self.total),
+            last_epoch=self.step - 1,
         )
         start = time.perf_counter() - self.seconds
         while self.step < self.total:
@@ -172,7 +179,7 @@ class _Trainer:
                     on_step(self.step, self.total, record)
                 # One decision for all processes: one that stopped alone would leave the others waiting for it.
                 number = distributed.largest(stop.signal or 0, self.config.device)
-                if self.step % self.steps_per_epoch == 0:
+                if self.step % self.steps_per_epoch == 0 or self.step == self.total:
                     tested = {"test_accuracy": self._accuracy()}
                     if self.tracked is not None:
                         tested["test_certified"] = self.tracked.certified(self._final_model)
@@ -183,6 +190,8 @@ class _Trainer:
                     self._save()
                 if number:
                     raise Interrupted(number, self.step, self.total)
+                if self.step == self.total:  # which may be in the middle of an epoch
+                    return
 
     def _order(self, epoch: int) -> Tensor:
         """The order of the training set in an epoch, the same for every network with this seed."""
@@ -195,7 +204,7 @@ class _Trainer:
             return None
         return augment.draw(len(self.train_labels), seed=self.config.seed, epoch=epoch).to(self.config.device)
 
-    def _images(self, index: Tensor, draws: Tensor | None) -> Tensor:
+    def _inputs(self, index: Tensor, draws: Tensor | None) -> Tensor:
         images = self.train_images[index]
         if draws is not None:
             images = augment.augment(images, draws[index], cutout=self.config.augmentation == "crop-flip-cutout")
@@ -209,18 +218,21 @@ class _Trainer:
         """One optimizer step on the images of these numbers, of which this process takes its share."""
         config, world_size = self.config, distributed.world_size()
         if world_size > 1:
-            # Dropout: other masks in every process, and none whose generator a checkpoint would have to hold.
+            # Dropout, rays: others in every process, and none whose generator a checkpoint would have to hold.
             torch.manual_seed((config.seed * 1_000_003 + self.step) * world_size + distributed.rank())
-        self.objective.train()
+        self.parallel.train()
         self.optimizer.zero_grad()
-        certified_share = config.certified_share(self.step / self.total) if config.certified_eps else 0.0
+        self.objective.progress = self.step / self.total
         parts = [distributed.share(part) for part in torch.tensor_split(batch, config.accumulate)]
-        values = torch.zeros(3, device=config.device)
+        values = torch.zeros(len(self.objective.metrics), device=config.device)
         for number, index in enumerate(parts, start=1):
             # Weights that give the mean over the whole batch (and count the penalty once), however it is shared.
             weight = len(index) / len(batch)
-            with distributed.gradients_averaged(self.objective, number == len(parts)):
-                objective, found = self.objective(self._images(index, draws), self.train_labels[index], certified_share)
+            with distributed.gradients_averaged(self.parallel, number == len(parts)):
+                try:
+                    objective, found = self.parallel(self._inputs(index, draws), self.train_labels[index])
+                except ValueError as error:  # a guard of the objective
+                    raise Refused(f"step {self.step + 1}: {error}") from error
                 torch.autograd.backward(world_size * weight * objective)  # world_size: then averaged over processes
             values += weight * found
         distributed.total(values)
@@ -234,14 +246,14 @@ class _Trainer:
         self.optimizer.step()
         if self.averaged is not None:
             self.averaged.update_parameters(self.model)
-        return dict(zip(("loss", "penalty", "rate"), found_values, strict=True))
+        return dict(zip(self.objective.metrics, found_values, strict=True))
 
     def _check_finite(self, values: list[float], norm: float) -> None:
         if all(map(math.isfinite, [*values, norm])):
             return
         what, value = ("gradient", norm) if all(map(math.isfinite, values)) else ("loss", values[0])
         kept = f"; the checkpoint of step {self.saved} is kept" if self.saved else ""
-        raise RunError(f"the {what} is not finite at step {self.step + 1}: {value}; a smaller --lr may help{kept}")
+        raise Refused(f"the {what} is not finite at step {self.step + 1}: {value}; a smaller --lr may help{kept}")
 
     def _write(self, record: dict[str, float]) -> None:
         if self.metrics is not None:
@@ -323,9 +335,9 @@ class _Trainer:
         return torch.device(self.config.device).type == "cuda"
 
     @property
-    def _final_model(self) -> Model:
+    def _final_model(self) -> nn.Module:
         """The network that training is for: with averaged weights, if they are averaged."""
-        return self.model if self.averaged is None else cast(Model, self.averaged.module)
+        return self.model if self.averaged is None else self.averaged.module
 
     @torch.no_grad()
     def _accuracy(self) -> float:
@@ -337,17 +349,15 @@ class _Trainer:
                 correct += (model(self._as_input(x)).argmax(1) == y).sum()
         return int(distributed.total(correct)) / self.n_test
 
-    @torch.no_grad()
     def outcome(self) -> Outcome:
-        config, model = self.config, self._final_model
         return Outcome(
             folder=self.folder,
-            config=config,
+            config=self.config,
             steps=self.step,
             accuracy=self._accuracy(),
-            rate=float(model.contraction_rate(norm=config.norm).min()),
-            penalty=float(model.contraction_penalty(rate=config.rate, norm=config.norm)),
-            seconds_per_epoch=self.seconds / config.epochs,
+            final=self.objective.final(self._final_model),
+            seconds=self.seconds,
+            seconds_per_epoch=self.seconds / (self.total / self.steps_per_epoch),
         )
 
 
@@ -359,12 +369,16 @@ class _Tracked:
         self.images = distributed.share(images).to(config.device)
         self.labels = distributed.share(labels).to(config.device)
         self.model = config.build_model().to(config.device).eval()  # without layers that are there for training only
+        certify = networks.certificate(self.model)
+        if certify is None:
+            raise RunError(f"track_eps={config.track_eps!r}: there is no certificate for model={config.model!r}")
+        self.certify = certify
 
-    def certified(self, model: Model) -> float:
+    def certified(self, model: nn.Module) -> float:
         self.model.load_state_dict(model.state_dict())
         count = torch.zeros((), dtype=torch.int64, device=self.labels.device)
         if len(self.labels):
-            count += linf_certified(self.model, self.images, self.labels, self.eps).sum()
+            count += self.certify(self.model, self.images, self.labels, self.eps).sum()
         return int(distributed.total(count)) / self.n
 
 

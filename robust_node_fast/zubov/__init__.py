@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from robust_node_fast.zubov import reference
 from robust_node_fast.zubov.boundary import sample_boundary
-from robust_node_fast.zubov.certificate import margin_radius
+from robust_node_fast.zubov.certificate import margin_certified, margin_radius
 from robust_node_fast.zubov.derivative import value_and_derivative
 from robust_node_fast.zubov.losses import zubov_losses, zubov_residual
 from robust_node_fast.zubov.lyapunov import ConvexLyapunov
@@ -20,6 +20,7 @@ __all__ = [
     "ConvexLyapunov",
     "DenseFlow",
     "ZubovNet",
+    "margin_certified",
     "margin_radius",
     "reference",
     "sample_boundary",

@@ -26,7 +26,7 @@ from robust_node_fast.zubov.lyapunov import Coefficients, ConvexLyapunov
 from robust_node_fast.zubov.network import DenseFlow, ZubovNet
 from robust_node_fast.zubov.softplus import softplus_increment
 
-__all__ = ["margin_radius"]
+__all__ = ["margin_certified", "margin_radius"]
 
 _BISECTIONS = 30
 
@@ -63,6 +63,11 @@ def margin_radius(net: ZubovNet, x: Tensor, y: Tensor, *, p: str = "inf", batch_
         radius = _state_radius(net.lyapunov, state, labels.long(), p)
         found.append(torch.where(radius > 0, radius / constant * (1.0 - _network.ROUNDING), 0.0))
     return torch.cat(found)
+
+
+def margin_certified(net: nn.Module, x: Tensor, y: Tensor, eps: float) -> Tensor:
+    """``margin_radius(net, x, y) > eps``, ``(B,)`` bool: no l_inf perturbation of that size changes the label."""
+    return margin_radius(net, x, y) > eps  # type: ignore[arg-type]
 
 
 def lipschitz_constant(net: ZubovNet, p: str) -> float:

@@ -16,16 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robust_node_fast import data as image_data
-from robust_node_fast import robustness
+from robust_node_fast import data, robustness, training
 from robust_node_fast._version import __version__
-from robust_node_fast.training import RunError, writing
+from robust_node_fast.training import CheckpointError, Outcome, Refused, TrainConfig, writing
 from robust_node_fast.training.checkpoint import replace_file
 from robust_node_fast.zubov import contenders, picture, planar
-from robust_node_fast.zubov.certificate import margin_radius
 from robust_node_fast.zubov.network import ZubovNet
-from robust_node_fast.zubov.planar import BEST, Planar
-from robust_node_fast.zubov.training import Budget, ZubovObjective, accuracy, fit
 
 __all__ = ["PARTS", "Images", "Plane", "cells", "compute", "path_of", "read"]
 
@@ -33,13 +29,23 @@ PARTS = ("plane", "digits", "mnist")
 OnProgress = Callable[[str], None]
 EPS = {"digits": (0.05, 0.1, 0.2), "mnist": (0.05, 0.1, 0.2)}
 ATTACKED = {"digits": None, "mnist": 500}  # first test images, for attacks only
-BUDGETS = {
-    "digits": Budget(steps=500, batch_size=128, lr=3e-3),
-    "mnist": Budget(steps=1500, batch_size=128, lr=3e-3),
-}
 # Weight decay so strong that the backbone's layers shrink to nothing, and all states become the same.
-COLLAPSING = ZubovObjective(consistency=0.0, separation=0.0, rate=1.0)
-DECAY = Budget(steps=400, batch_size=64, optimizer="sgd", weight_decay=10.0, grad_clip=1.0)
+COLLAPSING: dict[str, Any] = {
+    "steps": 400,
+    "optimizer": "sgd",
+    "momentum": 0.9,
+    "nesterov": True,
+    "weight_decay": 10.0,
+    "grad_clip": 1.0,
+    "zubov": {
+        "backbone": "mlp",
+        "consistency": 0.0,
+        "separation": 0.0,
+        "n_rays": 16,
+        "reach": 0.0,
+        "floor": None,
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -47,8 +53,7 @@ class Plane:
     """A network in the plane, before and after training."""
 
     row: str
-    config: Planar
-    seed: int = 0
+    config: TrainConfig
 
     @property
     def part(self) -> str:
@@ -56,39 +61,28 @@ class Plane:
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {"row": self.row, **dataclasses.asdict(self.config)}
-
-    @property
-    def steps(self) -> int:
-        return self.config.budget.steps
+        return {"row": self.row, "train": self.config.departures()}
 
 
 @dataclass(frozen=True)
 class Images:
     """A method on a data set."""
 
-    part: str
-    row: str  # the method
-    seed: int
-    budget: Budget
+    config: TrainConfig
     attacked: int | None
 
     @property
-    def settings(self) -> dict[str, Any]:
-        goal = contenders.objective(self.row)
-        return {
-            "dataset": self.part,
-            "method": self.row,
-            "objective": repr(goal),
-            "seed": self.seed,
-            "budget": dataclasses.asdict(self.budget),
-            "attacked": self.attacked,
-            "eps": list(EPS[self.part]),
-        }
+    def part(self) -> str:
+        return self.config.dataset
 
     @property
-    def steps(self) -> int:
-        return self.budget.steps
+    def row(self) -> str:
+        """The method."""
+        return self.config.model
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"train": self.config.departures(), "attacked": self.attacked, "eps": list(EPS[self.part])}
 
 
 Cell = Plane | Images
@@ -116,47 +110,43 @@ def cells(*, seeds: int = 3, only: Sequence[str] = (), steps: int | None = None)
 
 
 def _in_the_plane() -> Iterator[Plane]:
-    base = Planar()
-    change = dataclasses.replace
-    yield Plane("blobs", base)
-    yield Plane("moons, mlp", change(base, problem="moons", backbone="mlp"))
-    yield Plane("blobs3", change(base, problem="blobs3"))
-    yield Plane("rings, mlp", change(base, problem="rings", backbone="mlp"))
+    def row(name: str, dataset: str, steps: int = 2500, **zubov: Any) -> Plane:
+        return Plane(name, TrainConfig.recipe(dataset, "zubov", steps=steps, zubov=zubov))
+
+    yield row("blobs", "blobs")
+    yield row("moons, mlp", "moons", backbone="mlp")
+    yield row("blobs3", "blobs3")
+    yield row("rings, mlp", "rings", backbone="mlp")
     # What follows is shorter. Of the last problem a row differs from "blobs3, short" in one thing each.
-    short = change(base, budget=change(base.budget, steps=800))
-    yield Plane("moons, identity", change(short, problem="moons"))
-    yield Plane("rings, identity", change(short, problem="rings"))
-    three = change(short, problem="blobs3")
-    yield Plane("blobs3, short", three)
-    yield Plane("blobs3, partial attention", change(three, attention="partial"))
+    yield row("moons, identity", "moons", 800)
+    yield row("rings, identity", "rings", 800)
+    yield row("blobs3, short", "blobs3", 800)
+    yield row("blobs3, partial attention", "blobs3", 800, attention="partial")
     for loss in ("consistency", "classification", "separation"):
-        yield Plane(f"blobs3, no {loss}", change(three, objective=change(BEST, **{loss: 0.0})))
-    yield Plane("blobs3, no reach", change(three, objective=change(BEST, reach=0.0)))
-    yield Plane("blobs3, no floor", change(three, objective=change(BEST, floor=None)))
-    collapsing = change(base, problem="moons", backbone="mlp", objective=COLLAPSING)
+        yield row(f"blobs3, no {loss}", "blobs3", 800, **{loss: 0.0})
+    yield row("blobs3, no reach", "blobs3", 800, reach=0.0)
+    yield row("blobs3, no floor", "blobs3", 800, floor=None)
     for decay in (10.0, 0.0):
-        yield Plane(f"collapse, weight decay {decay:g}", change(collapsing, budget=change(DECAY, weight_decay=decay)))
+        config = TrainConfig.recipe("moons", "zubov", **{**COLLAPSING, "weight_decay": decay})
+        yield Plane(f"collapse, weight decay {decay:g}", config)
 
 
 def _on_images(seeds: int) -> Iterator[Images]:
     for part in ("digits", "mnist"):
         for seed in range(seeds):
             for method in contenders.METHODS:
-                yield Images(part, method, seed, BUDGETS[part], ATTACKED[part])
+                yield Images(TrainConfig.recipe(part, "zubov", model=method, seed=seed), ATTACKED[part])
 
 
 def _with_steps(cell: Cell, steps: int) -> Cell:
-    if isinstance(cell, Plane):
-        budget = dataclasses.replace(cell.config.budget, steps=steps)
-        return dataclasses.replace(cell, config=dataclasses.replace(cell.config, budget=budget))
-    return dataclasses.replace(cell, budget=dataclasses.replace(cell.budget, steps=steps))
+    return dataclasses.replace(cell, config=dataclasses.replace(cell.config, steps=steps))
 
 
 def path_of(cell: Cell, folder: Path) -> Path:
     """The cell's file; its name has the row, the seed and a digest of the settings."""
     digest = hashlib.sha256(json.dumps(cell.settings, sort_keys=True).encode()).hexdigest()[:8]
     row = cell.row.replace(", ", "-").replace(" ", "_")
-    return folder / cell.part / f"{row}-seed{cell.seed}-{digest}.json"
+    return folder / cell.part / f"{row}-seed{cell.config.seed}-{digest}.json"
 
 
 def read(cell: Cell, folder: Path) -> dict[str, Any] | None:
@@ -183,25 +173,26 @@ def compute(
     Args:
         cell: one of ``cells``.
         folder: of the results.
-        work: of checkpoints: a killed run goes on from there.
+        work: of run folders: a killed run goes on from there.
         on_progress: told where the cell is.
         data_root: of the images.
 
     Raises:
-        CheckpointError, RunError, DataError: as ``fit`` and ``data.load``; a folder cannot be written.
+        CheckpointError, Interrupted, RunError, DataError: as ``training.fit`` and ``data.load``; a folder cannot be
+            written.
     """
     path = path_of(cell, folder)
-    checkpoint = work / f"{cell.part}-{path.stem}.safetensors"
     start = time.perf_counter()
     with writing(folder):
         path.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    dataset = data.load(cell.config.dataset, data_root)
+    run = work / f"{cell.part}-{path.stem}"
     if isinstance(cell, Plane):
-        found = _plane(cell, path.with_suffix(".png"), checkpoint, on_progress)
+        found = _plane(cell, path.with_suffix(".png"), run, dataset, on_progress)
     else:
-        found = _images(cell, checkpoint, on_progress, data_root)
+        found = _images(cell, run, dataset, on_progress)
     content = {
-        "command": f"rnf reproduce zubov --only '{cell.part}/{cell.row}' --seeds {cell.seed + 1}",
+        "command": f"rnf reproduce zubov --only '{cell.part}/{cell.row}' --seeds {cell.config.seed + 1}",
         "settings": cell.settings,
         "versions": {"robust_node_fast": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "threads": torch.get_num_threads(),
@@ -213,38 +204,43 @@ def compute(
     return content
 
 
-def _plane(cell: Plane, image: Path, checkpoint: Path, on_progress: OnProgress) -> dict[str, Any]:
-    config = cell.config
-    points, labels = planar.data(config.problem, config.samples, config.seed)
-    fresh_points, fresh_labels = planar.data(config.problem, 1000, config.seed + 1)
-    net = config.build()
-    before = planar.regions(net, points)
+def _label(cell: Cell) -> str:
+    return f"{cell.part}/{cell.row}, seed {cell.config.seed}"
+
+
+def _trained(cell: Cell, run: Path, dataset: data.Dataset, on_progress: OnProgress) -> tuple[nn.Module, Outcome]:
+    """The network of the cell's run, brought to its end: from its start, from its checkpoint, or there already."""
+    training.prepare(cell.config, run, resume=True)
+    try:
+        outcome = training.fit(
+            run, dataset, on_step=lambda step, total, _: on_progress(f"{_label(cell)}: step {step} of {total}")
+        )
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; delete {run} to train this network again") from error
+    return training.load_model(run)[0], outcome
+
+
+def _plane(cell: Plane, image: Path, run: Path, dataset: data.Dataset, on_progress: OnProgress) -> dict[str, Any]:
+    points, labels = dataset.train_images, dataset.train_labels
+    untrained = cell.config.initial_model()
+    assert isinstance(untrained, ZubovNet)
+    before = planar.regions(untrained, points)
     found: dict[str, Any] = {"before": _describe(before), "refused": None}
     try:
-        start = time.perf_counter()
-        found["terms"] = fit(
-            net,
-            config.objective,
-            points,
-            labels,
-            config.budget,
-            seed=config.seed,
-            checkpoint=checkpoint,
-            on_step=lambda step, total, _: on_progress(f"{cell.row}: step {step} of {total}"),
-        )
-        found["train_seconds"] = time.perf_counter() - start
-    except RunError as error:  # a guard: what it says is the result
+        net, outcome = _trained(cell, run, dataset, on_progress)
+    except Refused as error:  # what a guard says is the result
         return {**found, "refused": str(error)}
+    assert isinstance(net, ZubovNet)
     after = planar.regions(net, points)
     with torch.no_grad():
-        own = net.lyapunov(net.features(fresh_points)).gather(1, fresh_labels[:, None])
+        own = net.lyapunov(net.features(dataset.test_images)).gather(1, dataset.test_labels[:, None])
+    found["last_step"], found["train_seconds"] = training.last_step(run), outcome.seconds
     found["after"] = {
         **_describe(after),
-        "iou_in_the_networks_steps": planar.regions(net, points, step_size=config.step_size).overlaps,
-        "accuracy": accuracy(net, fresh_points, fresh_labels),
+        "iou_in_the_networks_steps": planar.regions(net, points, step_size=net.dynamics.step_size).overlaps,
+        "accuracy": outcome.accuracy,
         "in_own_region": float((own < 1.0).float().mean()),
     }
-    untrained = config.build()
     picture.before_and_after(cell.row, [(untrained, before), (net, after)], points, labels, image)
     return found
 
@@ -258,50 +254,33 @@ def _describe(regions: planar.Regions) -> dict[str, Any]:
     }
 
 
-def _images(cell: Images, checkpoint: Path, on_progress: OnProgress, data_root: Path | None) -> dict[str, Any]:
-    dataset = image_data.load(cell.part, data_root)
-    channels, size = image_data.DATASETS[cell.part]
-    net = contenders.build(cell.row, channels, size, 10, cell.seed)
-    start = time.perf_counter()
-    terms = fit(
-        net,
-        contenders.objective(cell.row),
-        dataset.train_images,
-        dataset.train_labels,
-        cell.budget,
-        seed=cell.seed,
-        checkpoint=checkpoint,
-        on_step=lambda step, total, _: on_progress(f"{cell.part}/{cell.row}, seed {cell.seed}: step {step} of {total}"),
-    )
-    seconds = time.perf_counter() - start
-    bare = contenders.bare_backbone(net, dataset.train_images, dataset.train_labels, 10, seed=cell.seed)
+def _images(cell: Images, run: Path, dataset: data.Dataset, on_progress: OnProgress) -> dict[str, Any]:
+    eps, seed = EPS[cell.part], cell.config.seed
+    net, outcome = _trained(cell, run, dataset, on_progress)
+    bare = contenders.bare_backbone(net, dataset.train_images, dataset.train_labels, data.num_classes(cell.part))
     test = (dataset.test_images, dataset.test_labels)
     report = robustness.evaluate(
         net,
         test,
         suite="standard",
-        eps=EPS[cell.part],
-        seeds=(cell.seed,),
+        eps=eps,
+        seeds=(seed,),
         sources={"bare backbone": bare},
-        certify=_certified if isinstance(net, ZubovNet) else None,
+        certify=training.certificate(net),
         attack_samples=cell.attacked,
         batch_size=256,
-        on_batch=lambda done: on_progress(f"{cell.part}/{cell.row}, seed {cell.seed}: {done} images evaluated"),
+        on_batch=lambda done: on_progress(f"{_label(cell)}: {done} images evaluated"),
     )
     images, labels = (tensor[: cell.attacked] for tensor in test)
-    margin = {str(eps): _margin_attack(net, images, labels, eps, cell.seed) for eps in EPS[cell.part]}
+    with torch.no_grad():
+        right = [bare(x).argmax(1) == y for x, y in zip(*(torch.split(part, 512) for part in test), strict=True)]
     return {
-        "terms": terms,
-        "train_seconds": seconds,
-        "bare_accuracy": accuracy(bare, *test),
-        "margin": margin,
+        "last_step": training.last_step(run),
+        "train_seconds": outcome.seconds,
+        "bare_accuracy": float(torch.cat(right).double().mean()),
+        "margin": {str(radius): _margin_attack(net, images, labels, radius, seed) for radius in eps},
         "report": json.loads(report.to_json()),
     }
-
-
-def _certified(net: nn.Module, images: Tensor, labels: Tensor, eps: float) -> Tensor:
-    assert isinstance(net, ZubovNet)
-    return margin_radius(net, images, labels) > eps
 
 
 def _margin_attack(net: nn.Module, images: Tensor, labels: Tensor, eps: float, seed: int) -> float:

@@ -71,7 +71,7 @@ def _plane(cells: Sequence[Plane], folder: Path) -> Iterator[str]:
                 f"{after['in_own_region']:.1%}",
                 _seconds(found),
             ]
-        yield f"| {cell.row} | {cell.steps} | {' | '.join(values)} |"
+        yield f"| {cell.row} | {cell.config.steps} | {' | '.join(values)} |"
 
 
 def _images(cells: Sequence[Images], folder: Path) -> Iterator[str]:
@@ -85,7 +85,7 @@ def _images(cells: Sequence[Images], folder: Path) -> Iterator[str]:
             continue
         values = [_percent([v for r in found if (v := _value(r, name, at)) is not None]) for _, name, at in COLUMNS]
         held = sum(r["report"]["reliable"] for r in found)
-        seconds = statistics.fmean(r["train_seconds"] / r["settings"]["budget"]["steps"] for r in found)
+        seconds = statistics.fmean(r["train_seconds"] / r["settings"]["train"]["steps"] for r in found)
         yield f"| {method} | {len(found)} | {' | '.join(values)} | {held} of {len(found)} | {seconds:.3f} |"
 
 

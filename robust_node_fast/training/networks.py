@@ -1,0 +1,75 @@
+"""The networks that a configuration can name: how each is built, and what certifies it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from robust_node_fast import data, models
+from robust_node_fast.certify import linf_certified
+from robust_node_fast.nn import authors_init_, contractive_init_
+from robust_node_fast.zubov import contenders, margin_certified
+from robust_node_fast.zubov.lyapunov import ConvexLyapunov
+from robust_node_fast.zubov.network import DenseFlow, ZubovNet
+
+if TYPE_CHECKING:
+    from robust_node_fast.training.config import TrainConfig
+
+__all__ = ["BACKBONES", "CONVOLUTIONAL", "NAMES", "build", "certificate"]
+
+Certificate = Callable[[nn.Module, Tensor, Tensor, float], Tensor]
+
+CONVOLUTIONAL = ("MNISTNode", "CIFARNode", "StagedCIFARNode", "StridedNode")
+NAMES = (*CONVOLUTIONAL, *contenders.METHODS)
+BACKBONES = ("identity", "mlp", "conv", "resnet18")  # the first two for points, the others for images
+
+
+def build(config: TrainConfig) -> nn.Module:
+    """A freshly initialised network for the inputs and classes of the data set."""
+    time = {"n_steps": config.n_steps, "step_size": config.step_size}
+    given = {name: value for name, value in time.items() if value is not None}
+    return _convolutional(config, given) if config.is_convolutional else _on_vectors(config, given)
+
+
+def certificate(model: nn.Module) -> Certificate | None:
+    """``certify(model, inputs, labels, eps) -> (B,) bool`` for l_inf balls; None for networks without a bound."""
+    if isinstance(model, models.Model):
+        return linf_certified
+    bounded = isinstance(model, ZubovNet) and isinstance(model.backbone, nn.Sequential)
+    return margin_certified if bounded else None
+
+
+def _convolutional(config: TrainConfig, given: dict[str, float]) -> models.Model:
+    channels, image_size = data.IMAGES[config.dataset]
+    network = getattr(models, config.model)
+    classes = data.num_classes(config.dataset)
+    model: models.Model = network(in_channels=channels, image_size=image_size, num_classes=classes, **given)
+    if config.init == "centered":
+        model.center_biases_()
+    for _, flow in model.flows():
+        if config.init == "identity":
+            contractive_init_(flow, config.rate, config.norm)
+        elif config.init == "authors":
+            authors_init_(flow)
+    return model
+
+
+def _on_vectors(config: TrainConfig, given: dict[str, float]) -> nn.Module:
+    """The backbone first: its weights are the same for all networks of a seed."""
+    zubov, classes = config.zubov, data.num_classes(config.dataset)
+    backbone = contenders.backbone(zubov.backbone, data.IMAGES.get(config.dataset), zubov.dim)
+    if config.model == "resnet":  # two residual blocks
+        flow = DenseFlow(zubov.dim, 2, 1.0, width=zubov.field_width)
+    else:  # one right-hand side for all times, so that there are regions of attraction
+        time = {"n_steps": 6, "step_size": 0.5, **given}
+        flow = DenseFlow(zubov.dim, **time, width=zubov.field_width, shared_weights=True)  # type: ignore[arg-type]
+    if config.model != "zubov":
+        return contenders.FlowClassifier(backbone, flow, classes)
+    lyapunov = ConvexLyapunov(
+        zubov.dim, classes, width=zubov.width, depth=zubov.depth, partial=zubov.attention == "partial", eps=zubov.eps
+    )
+    if config.dataset in data.PLANE:
+        contenders.spread_(lyapunov)
+    return ZubovNet(backbone, flow, lyapunov, temperature=zubov.temperature)
