@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import assert_close
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from torch import Tensor, nn
 from torch.autograd import gradcheck
 from torch.func import functional_call
@@ -250,6 +250,7 @@ def test_fixed_and_learned_equilibria() -> None:
     level=st.sampled_from((0.01, 1.0, 50.0)),
     double=st.booleans(),
 )
+@example(seed=645417, depth=3, partial=True, gain=5.0, scale=1.0, level=1.0, double=False)
 @settings(max_examples=60)
 def test_boundary_is_met_to_tolerance(
     seed: int, depth: int, partial: bool, gain: float, scale: float, level: float, double: bool
@@ -264,12 +265,13 @@ def test_boundary_is_met_to_tolerance(
     wide = in_double(lyapunov)
     exact = points.double()
     offset = exact - wide.equilibria[:, None]
-    value = wide.per_class(exact)
+    # V with the coefficients that these functions have: those of float64 differ by what rounds in the context network.
+    coefficients = lyapunov.coefficients().double()
+    leaf = offset.detach().requires_grad_()
+    value = wide.values(coefficients, leaf)
+    (gradient,) = torch.autograd.grad(value.sum(), leaf)
     # What rounding the point to its precision does to V, and rounding in V itself, a difference of two linear terms.
-    coefficients = wide.coefficients()
     linear = (offset.abs() @ coefficients.gradient.abs()).squeeze(-1) + value
-    leaf = exact.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(wide.per_class(leaf).sum(), leaf)
     ulp = torch.finfo(dtype).eps * (exact.abs() + wide.equilibria.detach()[:, None].abs() + offset.abs())
     unavoidable = (gradient.abs() * ulp).sum(-1) + 8 * torch.finfo(dtype).eps * linear
     assert ((value - level).abs() <= (1e-12 if double else 1e-6) * level + unavoidable).all()

@@ -32,7 +32,8 @@ def sample_boundary(
 
     Returns:
         ``(K, R, dim)`` with ``|V - level| <= 1e-6 level`` in float32, ``1e-12 level`` in float64, or as near as
-        rounding of V and of the points allows. Differentiable once, by the implicit function theorem
+        rounding of V and of the points allows; V has the coefficients that ``lyapunov`` computes in its own precision.
+        Differentiable once, by the implicit function theorem
         ``dx = dx* - u dV / (grad V . u)``, dV at a fixed offset, in all parameters, learned equilibria among them.
 
     Raises:
