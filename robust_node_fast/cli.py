@@ -8,7 +8,7 @@ import json
 import signal
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
@@ -499,8 +499,61 @@ def cnode(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     _choose(backend)
-    images = data.load(dataset, data_root)
     folder = out_folder or Path("runs") / f"reproduce-{dataset}"
+    results = _computed(cells, folder, data.load(dataset, data_root))
+    for part, rows in reproduction.by_row(cells, results).items():
+        (first, *others), *lines = reproduction.table(rows, spread=False)
+        shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, title=f"{part}, {dataset}")
+        shown.add_column(first, no_wrap=True)
+        for heading in others:
+            shown.add_column(heading.replace(" ", "\n"), justify="right")
+        for line in lines:
+            shown.add_row(*line)
+        out.print(shown)
+    _write_summary(cells, results, folder / "summary.md")
+
+
+@reproduce_app.command()
+@_reported
+def cifar(
+    *,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of training seeds.")] = 1,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training set.", show_default="15")] = None,
+    train_samples: Annotated[int | None, typer.Option(help="First training images.", show_default="all")] = None,
+    attack_samples: Annotated[
+        int, typer.Option(min=1, help="First test images, for attacks and certificates only.")
+    ] = 1000,
+    out_folder: Annotated[Path, typer.Option("--out", help="Folder for everything.")] = Path("runs/reproduce-cifar10"),
+    page: Annotated[Path | None, typer.Option(help="Markdown file.", show_default="summary.md in --out")] = None,
+    data_root: Annotated[
+        Path | None, typer.Option(help=TrainConfig.__dataclass_fields__["data_root"].metadata["help"])
+    ] = None,
+    backend: Backend = None,
+) -> None:
+    """The staged network on CIFAR-10, vanilla and contractive, within hours on a CPU: curves, noise, attacks.
+
+    Stopped or killed, the same command goes on where it was.
+    """
+    budget = {"epochs": epochs, "train_samples": train_samples}
+    given = {name: value for name, value in budget.items() if value is not None}
+    try:
+        cells = reproduction.cifar_cells(seeds=seeds, attack_samples=attack_samples, **given)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    _choose(backend)
+    results = _computed(cells, out_folder, data.load("cifar10", data_root))
+    path = page or out_folder / "summary.md"
+    picture = path.with_suffix(".png")
+    with training.writing(path.parent):
+        replace_file(path, reproduction.cifar_markdown(cells, results, picture.name).encode())
+        reproduction.cifar_picture(cells, results, picture)
+    _say(f"wrote {path} and {picture}")
+
+
+def _computed(
+    cells: Sequence[reproduction.Cell], folder: Path, images: data.Dataset
+) -> dict[str, reproduction.CellResult]:
+    """The results of all cells by name: of those that have none yet, computed."""
     with training.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()  # before minutes of work rather than after them
@@ -522,16 +575,7 @@ def cnode(
             results[name] = result
             _say(f"{len(results)} of {len(unique)}: {cell.label}, {result.seconds:.0f} s, {result.report.verdict}")
             update(len(results), cell.label)
-    for part, rows in reproduction.by_row(cells, results).items():
-        (first, *others), *lines = reproduction.table(rows, spread=False)
-        shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, title=f"{part}, {dataset}")
-        shown.add_column(first, no_wrap=True)
-        for heading in others:
-            shown.add_column(heading.replace(" ", "\n"), justify="right")
-        for line in lines:
-            shown.add_row(*line)
-        out.print(shown)
-    _write_summary(cells, results, folder / "summary.md")
+    return results
 
 
 @reproduce_app.command()

@@ -427,6 +427,36 @@ def test_unwritable_folder(tmp_path: Path) -> None:
     assert "file/x cannot be written" in line
 
 
+# --- CIFAR-10 ----------------------------------------------------------------------------------------------------
+
+
+def test_cifar_on_real_images(data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both networks trained, attacked through each other, and a page of what came out; then nothing is left to do."""
+    if not (data_root / "cifar-10-batches-py").is_dir():
+        pytest.skip("cifar-10-batches-py is not in the folder with the real data")
+    whole = data.load("cifar10", data_root)
+    few = dataclasses.replace(whole, test_images=whole.test_images[:48], test_labels=whole.test_labels[:48])
+    monkeypatch.setattr(cli.data, "load", lambda *_: few)
+    tiny = ("--epochs", "2", "--train-samples", "512", "--attack-samples", "4")
+    arguments = ("cifar", *tiny, "--out", tmp_path / "x", "--page", tmp_path / "page.md")
+    result = rnf(*arguments)
+    assert result.exit_code == 0, result.stderr
+    page = (tmp_path / "page.md").read_text()
+    cells = [path.read_text() for path in (tmp_path / "x" / "cells").iterdir()]
+    assert len(cells) == 2
+    for text in cells:
+        report = json.loads(text)["report"]
+        tested = {(found["name"], found["strength"]) for found in report["results"]}
+        assert {(name, eps) for name in ("fgsm", "pgd") for eps in (2 / 255, 4 / 255, 8 / 255)} <= tested
+    assert page.count("| cifar/") == 2
+    assert "![Accuracy by epoch and by radius](page.png)" in page
+    assert (tmp_path / "page.png").read_bytes().startswith(b"\x89PNG")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "x").rglob("*")}
+    assert rnf(*arguments).exit_code == 0
+    assert (tmp_path / "page.md").read_text() == page
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "x" / "cells").iterdir()}.items() <= before.items()
+
+
 # --- the page ----------------------------------------------------------------------------------------------------
 
 

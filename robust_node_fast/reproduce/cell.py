@@ -21,7 +21,7 @@ from robust_node_fast._version import __version__
 from robust_node_fast.certify import linf_certified
 from robust_node_fast.data import Dataset
 from robust_node_fast.nn import EulerConvFlow
-from robust_node_fast.reproduce.grid import EPS, SUITE, TRANSFER_EPS, Cell, network_name
+from robust_node_fast.reproduce.grid import SUITE, Cell, network_name
 from robust_node_fast.training import CheckpointError, Outcome, RunError, TrainConfig
 from robust_node_fast.training.checkpoint import replace_file
 
@@ -136,10 +136,10 @@ def compute(cell: Cell, folder: Path, dataset: Dataset, *, on_progress: OnProgre
             _to_attack(own.folder),
             (dataset.test_images, dataset.test_labels),
             suite=SUITE,
-            eps=EPS,
+            eps=cell.eps,
             seeds=(cell.config.seed,),  # the spread that matters is that of training
             sources={cell.partner.network: _to_attack(partner.folder)},
-            transfer_eps=TRANSFER_EPS,
+            transfer_eps=cell.transfer_eps,
             certify=linf_certified,
             attack_samples=cell.attack_samples,
             batch_size=256,  # attacks on the few images that are left of a smaller one waste time

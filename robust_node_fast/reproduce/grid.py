@@ -14,7 +14,7 @@ from typing import Any
 
 from robust_node_fast.training import TrainConfig
 
-__all__ = ["EPS", "INITS", "NORMS", "RATES", "SUITE", "TRANSFER_EPS", "Cell", "cells"]
+__all__ = ["EPS", "INITS", "NORMS", "RATES", "SUITE", "TRANSFER_EPS", "Cell", "cells", "cifar_cells"]
 
 PROTOCOL = 2  # raised by every change of what a cell's numbers mean: the cells of before are then no longer looked for
 SUITE = "standard"  # Gaussian and salt-and-pepper noise; FGSM and PGD-40
@@ -26,6 +26,16 @@ NORMS = ("2", "2-sharp", "inf")
 RATES = (0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 15.0)
 WEIGHTS = (0.01, 0.1, 1.0, 10.0)
 STEPS = ((0.01, 5), (0.01, 10), (0.01, 20), (0.05, 10), (0.1, 10))  # h, N
+# CIFAR-10 within hours on a CPU: the recipe for large batches with smaller ones, which give few epochs enough steps.
+CIFAR: dict[str, Any] = {
+    "recipe": "large-batch",
+    "epochs": 15,
+    "batch_size": 256,
+    "lr": 1e-3,
+    "warmup_epochs": 1,
+    "lr_decay": 0.82,
+}
+CIFAR_EPS = (2 / 255, 4 / 255, 8 / 255)
 PAPER: dict[str, Any] = {"rate_margin": 0.0, "n_steps": 10, "step_size": 0.01}  # beyond TrainConfig's defaults
 
 
@@ -40,6 +50,8 @@ class Cell:
     config: TrainConfig
     partner: TrainConfig
     attack_samples: int | None
+    eps: tuple[float, ...] = EPS
+    transfer_eps: tuple[float, ...] = TRANSFER_EPS
 
     @property
     def label(self) -> str:
@@ -53,8 +65,8 @@ class Cell:
             "train": self.config.settings(),
             "partner": self.partner.settings(),
             "suite": SUITE,
-            "eps": list(EPS),
-            "transfer_eps": list(TRANSFER_EPS),
+            "eps": list(self.eps),
+            "transfer_eps": list(self.transfer_eps),
             "attack_samples": self.attack_samples,
         }
 
@@ -118,6 +130,22 @@ def cells(
                 _config(dataset, {**budget, **fields, "seed": seed}) for fields in (changes, _partner(changes))
             )
             found.append(Cell(row, own, other, attack_samples))
+    return found
+
+
+def cifar_cells(*, seeds: int = 1, attack_samples: int | None = None, **budget: Any) -> list[Cell]:
+    """The staged network on CIFAR-10, vanilla and contractive from the same start, each attacked through the other too.
+
+    Args and errors: as ``cells``.
+    """
+    found = []
+    for seed in range(seeds):
+        own, other = (
+            TrainConfig.recipe("cifar10", **{**CIFAR, **budget, "network": network, "seed": seed})
+            for network in ("vanilla", "contractive")
+        )
+        for row, config, partner in (("cifar/vanilla", own, other), ("cifar/contractive", other, own)):
+            found.append(Cell(row, config, partner, attack_samples, CIFAR_EPS, CIFAR_EPS[-1:]))
     return found
 
 

@@ -11,7 +11,7 @@ from robust_node_fast.reproduce.cell import CellResult
 from robust_node_fast.reproduce.claims import Rows, accuracies, pairs
 from robust_node_fast.reproduce.grid import INITS, NORMS, Cell
 
-__all__ = ["by_row", "markdown", "table"]
+__all__ = ["as_table", "by_row", "markdown", "table"]
 
 # Heading, name of the result (or how it begins), strength.
 Columns = tuple[tuple[str, str, float], ...]
@@ -112,17 +112,17 @@ def _dataset(dataset: str, cells: Sequence[Cell], results: Mapping[str, CellResu
             for verdict in claims.verdicts(rows, dataset)
         ]
         headings = ("claim", "compared", "seeds", "found", "verdict")
-        yield from ("", "### The paper's claims", "", *_as_table((headings, *verdicts)), "", claims.RULES)
+        yield from ("", "### The paper's claims", "", *as_table((headings, *verdicts)), "", claims.RULES)
     for part, members in parts.items():
         if part == "certified":
             shown = table({row: rows[row] for row in BEATEN if row in rows}, spread=True, columns=STRONGER)
         else:
             shown = table(members, spread=True)
-        yield from ("", f"### {PARTS[part]}", "", *_as_table(shown))
+        yield from ("", f"### {PARTS[part]}", "", *as_table(shown))
         for row, cell in ((row, cell) for row, cells in members.items() for cell in cells if not cell.report.reliable):
             yield from ("", f"**{row}, seed {cell.settings['train']['seed']}: {cell.report.verdict}**")
         if part == "grid":
-            yield from ("", "### What the penalty does, and what the start does", "", *_as_table(_contrasts(members)))
+            yield from ("", "### What the penalty does, and what the start does", "", *as_table(_contrasts(members)))
             yield from (
                 "",
                 "Differences in points between rows that differ in nothing else, seed by seed: the mean over the other "
@@ -218,7 +218,7 @@ def _range(values: Sequence[float]) -> str:
     return f"{statistics.fmean(values):+.1f}" + (f" ({min(values):+.1f} to {max(values):+.1f})" if values[1:] else "")
 
 
-def _as_table(lines: Sequence[Sequence[str]]) -> Iterator[str]:
+def as_table(lines: Sequence[Sequence[str]]) -> Iterator[str]:
     """Headings and lines as Markdown."""
     headings, *body = lines
     for line in (headings, ["---"] * len(headings), *body):
