@@ -310,7 +310,7 @@ def measure(net: Net, ways: Sequence[Way], mode: str, batch: int) -> list[tuple[
 
 @dataclass
 class Runner:
-    """Fills the table until the time is over: one process first, the small batches first."""
+    """Fills the table until the time is over, the small batches first."""
 
     nets: Sequence[Net]
     ways: Sequence[Way]
@@ -320,10 +320,12 @@ class Runner:
     rows: list[Row] = field(default_factory=list)
 
     def run(self, report: Callable[[list[Row]], None]) -> list[Row]:
-        alone = [(batch, 1, net, mode) for batch in self.batches for net in self.nets for mode in MODES]
-        two = [(batch, 2, net, TRAINING) for batch in self.batches for net in self.nets]
-        two += [(self.batches[0], 2, net, mode) for net in self.nets for mode in MODES if mode != TRAINING]
-        for batch, processes, net, mode in alone + two:
+        queue = []
+        for batch in self.batches:
+            queue += [(batch, 1, net, mode) for net in self.nets for mode in MODES]
+            queue += [(batch, 2, net, TRAINING) for net in self.nets]
+        queue += [(self.batches[0], 2, net, mode) for net in self.nets for mode in MODES if mode != TRAINING]
+        for batch, processes, net, mode in queue:
             found = self.row(net, mode, batch, processes)
             self.rows += found
             report(found)
