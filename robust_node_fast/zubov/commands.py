@@ -48,7 +48,8 @@ def reproduce(
     only: Annotated[
         list[str] | None,
         typer.Option(
-            help="plane, digits, mnist, or PART/ROW, or how it begins (repeat for several).", show_default="all"
+            help="plane, digits, mnist, fashionmnist, or PART/ROW, or how it begins (repeat for several).",
+            show_default="all",
         ),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Number of training seeds on images.")] = 3,

@@ -25,10 +25,10 @@ from robust_node_fast.zubov.network import ZubovNet
 
 __all__ = ["PARTS", "Images", "Plane", "cells", "compute", "path_of", "read"]
 
-PARTS = ("plane", "digits", "mnist")
+PARTS = ("plane", "digits", "mnist", "fashionmnist")
 OnProgress = Callable[[str], None]
-EPS = {"digits": (0.05, 0.1, 0.2), "mnist": (0.05, 0.1, 0.2)}
-ATTACKED = {"digits": None, "mnist": 500}  # first test images, for attacks only
+EPS = (0.05, 0.1, 0.2)
+ATTACKED = {"digits": None, "mnist": 500, "fashionmnist": 500}  # first test images, for attacks only
 # Weight decay so strong that the backbone's layers shrink to nothing, and all states become the same.
 COLLAPSING: dict[str, Any] = {
     "steps": 400,
@@ -82,7 +82,7 @@ class Images:
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {"train": self.config.departures(), "attacked": self.attacked, "eps": list(EPS[self.part])}
+        return {"train": self.config.departures(), "attacked": self.attacked, "eps": list(EPS)}
 
 
 Cell = Plane | Images
@@ -132,7 +132,7 @@ def _in_the_plane() -> Iterator[Plane]:
 
 
 def _on_images(seeds: int) -> Iterator[Images]:
-    for part in ("digits", "mnist"):
+    for part in PARTS[1:]:
         for seed in range(seeds):
             for method in contenders.METHODS:
                 yield Images(TrainConfig.recipe(part, "zubov", model=method, seed=seed), ATTACKED[part])
@@ -255,7 +255,7 @@ def _describe(regions: planar.Regions) -> dict[str, Any]:
 
 
 def _images(cell: Images, run: Path, dataset: data.Dataset, on_progress: OnProgress) -> dict[str, Any]:
-    eps, seed = EPS[cell.part], cell.config.seed
+    seed = cell.config.seed
     net, outcome = _trained(cell, run, dataset, on_progress)
     bare = contenders.bare_backbone(net, dataset.train_images, dataset.train_labels, data.num_classes(cell.part))
     test = (dataset.test_images, dataset.test_labels)
@@ -263,7 +263,7 @@ def _images(cell: Images, run: Path, dataset: data.Dataset, on_progress: OnProgr
         net,
         test,
         suite="standard",
-        eps=eps,
+        eps=EPS,
         seeds=(seed,),
         sources={"bare backbone": bare},
         certify=training.certificate(net),
@@ -278,7 +278,7 @@ def _images(cell: Images, run: Path, dataset: data.Dataset, on_progress: OnProgr
         "last_step": training.last_step(run),
         "train_seconds": outcome.seconds,
         "bare_accuracy": float(torch.cat(right).double().mean()),
-        "margin": {str(radius): _margin_attack(net, images, labels, radius, seed) for radius in eps},
+        "margin": {str(radius): _margin_attack(net, images, labels, radius, seed) for radius in EPS},
         "report": json.loads(report.to_json()),
     }
 
