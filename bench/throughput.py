@@ -99,7 +99,7 @@ class Row:
         status: ``ok``, or why there is no time.
         rounds: turns that were timed; ``seconds`` is their median for one batch.
         best_pytorch_over_this, eager_over_this: ratios of seconds within the row's network, mode, batch and processes.
-        expected_gib: memory of training at this batch in one process, computed from ``throughput_memory.csv``.
+        expected_gib: memory of training at this batch, computed from ``throughput_memory.csv`` for one process.
     """
 
     net: str
@@ -339,10 +339,7 @@ class Runner:
         """
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         common = Row(net.name, mode, batch, processes, PROCESSES[processes], "", "", machine=machine(), time=now)
-        rows = [
-            replace(common, provider=way.name, expected_gib=self._gib(net, way, batch, mode, processes))
-            for way in self.ways
-        ]
+        rows = [replace(common, provider=way.name, expected_gib=self._gib(net, way, batch, mode)) for way in self.ways]
         for row in rows:
             row.status = self.skipped(row)
         chosen = [way for way, row in zip(self.ways, rows, strict=True) if not row.status]
@@ -375,10 +372,10 @@ class Runner:
                 row.eager_over_this = eager[0] / row.seconds if eager else None
         return rows
 
-    def _gib(self, net: Net, way: Way, batch: int, mode: str, processes: int) -> float | None:
-        """Of training in one process; adversarial training needs as much, all else other amounts."""
+    def _gib(self, net: Net, way: Way, batch: int, mode: str) -> float | None:
+        """Of training, several processes together about as much as one; adversarial training too, all else less."""
         line = Line.of(self.memory, net.name, way.name)
-        return line.gib(batch) if line and mode != EVALUATION and processes == 1 else None
+        return line.gib(batch) if line and mode != EVALUATION else None
 
     def skipped(self, row: Row) -> str:
         """Why this row is not run, or nothing."""

@@ -42,6 +42,9 @@ if not out.is_terminal:
     out.width = 140  # a pipe or a file has no width: tables are not squeezed into 80 columns
 err = Console(stderr=True, highlight=False)
 
+# Networks of rnf.models, for short.
+_SHORT = {"cifar": "CIFARNode", "staged": "StagedCIFARNode"}
+
 Backend = Annotated[
     Literal["auto", "reference", "cpu", "triton", "cuda"] | None,
     typer.Option(help="Implementation of the ops.", show_default="$RNF_BACKEND, else auto"),
@@ -132,7 +135,11 @@ def train(
     ] = "digits",
     model: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help=f"{', '.join(training.MODELS)}.", show_default="the recipe's"),
+        typer.Option(
+            metavar="NAME",
+            help=f"{', '.join(training.MODELS)}; for short {', '.join(_SHORT)}.",
+            show_default="the recipe's",
+        ),
     ] = None,
     recipe: Annotated[
         str | None,
@@ -183,7 +190,13 @@ def train(
             raise typer.BadParameter(f"--resume takes no {', '.join(named)}: the configuration of a run is fixed")
         folders = _runs_in(resume)
     else:
-        options = {"model": model, "epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed}
+        options = {
+            "model": _SHORT.get(model or "", model),
+            "epochs": epochs,
+            "batch_size": batch_size,
+            "lr": lr,
+            "seed": seed,
+        }
         options |= {"device": device, "data_root": data_root}
         given = {name: value for name, value in options.items() if value is not None}
         configs = _configs(dataset, recipe, network, given, [*options, "dataset", "network"], changes or [])

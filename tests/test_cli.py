@@ -85,6 +85,17 @@ def test_help_fits_on_a_screen() -> None:
         assert name in result.stdout
 
 
+@pytest.mark.parametrize(("short", "model"), [("staged", "StagedCIFARNode"), ("cifar", "CIFARNode")])
+def test_networks_for_short(short: str, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def trained(folder: Path, *_: object, **__: object) -> None:
+        raise training.RunError(training.load_config(folder).model)
+
+    monkeypatch.setattr(cli, "fit_with_progress", trained)
+    result = rnf("train", "--model", short, "--set", "step_size=0.1", "--out", tmp_path / "run")
+    assert result.exit_code == 1
+    assert result.stderr.endswith(f"rnf: {model}\n")
+
+
 def test_settings_are_listed(trained: Path) -> None:
     result = rnf("train", "--settings")
     assert result.exit_code == 0
