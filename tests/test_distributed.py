@@ -373,7 +373,7 @@ def test_a_loss_that_is_not_finite_stops_all(tmp_path: Path) -> None:
     folder = start(tmp_path / "run", tiny(optimizer="sgd", lr=1e15, checkpoint_every=1))
     said = together(folder)
     assert said[0] == said[1]
-    assert said[0].startswith("RunError: the loss is not finite at step ")
+    assert said[0].startswith("Refused: the loss is not finite at step ")
     kept = checkpoint.load(folder / "checkpoint.safetensors")[1]["step"]
     assert said[0].endswith(f"; the checkpoint of step {kept} is kept")
     assert f"at step {kept + 1}:" in said[0]

@@ -60,16 +60,15 @@ def _lines(cells: Sequence[Cell], rows: Rows, picture: str) -> Iterator[str]:
             100 * statistics.fmean(cell.accuracy_by_epoch[at] for cell in found)
             for at in (0, len(found[0].accuracy_by_epoch) // 2, -1)
         )
-        threads = " or ".join(sorted({str(cell.report.settings["threads"]) for cell in found}))
         yield ""
         yield (
-            f"`{row}`: {minutes:.0f} minutes of training on {threads} thread(s), other work on the machine included; "
-            f"clean accuracy {first:.1f}% after the first epoch, {middle:.1f}% in the middle, {last:.1f}% at the end."
+            f"`{row}`: {minutes:.0f} minutes of training by the clock, pauses of the process and other work on the "
+            f"machine included; clean accuracy {first:.1f}% after the first epoch, {middle:.1f}% in the middle, "
+            f"{last:.1f}% at the end."
         )
         for cell in found:
             if not cell.report.reliable:
                 yield from ("", f"**{row}: {cell.report.verdict}**")
-            yield from (line for note in cell.report.notes for line in ("", note))
 
 
 def cifar_picture(cells: Sequence[Cell], results: Mapping[str, CellResult], target: str | Path | IO[bytes]) -> None:
