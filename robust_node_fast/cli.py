@@ -196,8 +196,9 @@ def train(
             "batch_size": batch_size,
             "lr": lr,
             "seed": seed,
+            "device": device,
+            "data_root": data_root,
         }
-        options |= {"device": device, "data_root": data_root}
         given = {name: value for name, value in options.items() if value is not None}
         configs = _configs(dataset, recipe, network, given, [*options, "dataset", "network"], changes or [])
         first = next(iter(configs.values()))

@@ -27,7 +27,8 @@ _CONTRACTIVE: Mapping[str, Mapping[str, Any]] = {
 }
 
 # Many images at once, for many cores, one card or several. AdamW because in trials of 60 steps on one seed the loss
-# beside the penalty fell with it and hardly with the paper's clipped SGD. Not yet run to its end.
+# beside the penalty fell with it and hardly with the paper's clipped SGD. Run to its end with smaller batches only
+# (reproduce/grid.py, CIFAR).
 _LARGE_BATCH: Mapping[str, Mapping[str, Any]] = {
     "cifar10": {
         **_CONTRACTIVE["cifar10"],
