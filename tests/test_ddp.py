@@ -14,11 +14,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from helpers import assert_close, parameter_gradients
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import robust_node_fast as rnf
+from robust_node_fast.training.sharding import shard
 
 WORLD, TIMEOUT = 2, 120
 
@@ -45,11 +44,7 @@ def step(model: nn.Module, flow: rnf.models.MNISTNode, images: Tensor, labels: T
 def distribute(model: rnf.models.MNISTNode, kind: str) -> nn.Module:
     if kind == "DDP":
         return DistributedDataParallel(model)
-    # The penalty reads the filters behind the forward pass: they must not be sharded again before backward.
-    mesh = init_device_mesh("cpu", (WORLD,))
-    for module in (*(flow for _, flow in model.flows()), model):
-        fully_shard(module, mesh=mesh, reshard_after_forward=False)
-    return model
+    return shard(model)
 
 
 def worker(rank: int, port: int, folder: str, kind: str) -> None:

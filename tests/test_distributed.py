@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import gc
 import multiprocessing
 import os
 import random
+import re
 import resource
 import signal
 import socket
@@ -26,6 +28,7 @@ import torch
 import torch.distributed as dist
 from helpers import records, start
 from torch import nn
+from torch.distributed.tensor import DTensor
 from typer.testing import CliRunner
 
 from robust_node_fast import cli, data, training
@@ -149,8 +152,15 @@ EVERYTHING = {
         ({**STAGED, "model": "StridedNode", "network": "vanilla", "certified_eps": 0.05}, 2),
         ({**VECTORS, "model": "lyanet"}, 2),
         ({**VECTORS, "model": "zubov", "zubov": {"consistency": 0.0, "separation": 0.0}}, 2),  # without random rays
+        ({**STAGED, "model": "MNISTNode", "accumulate": 2, "shard": True}, 2),
+        ({**EVERYTHING, "shard": True}, 2),
+        ({**STAGED, "model": "StridedNode", "network": "vanilla", "certified_eps": 0.05, "shard": True}, 3),
+        ({**VECTORS, "model": "zubov", "zubov": {"consistency": 0.0, "separation": 0.0}, "shard": True}, 2),
     ],
-    ids=["penalty", "accumulated", "everything", "batch norm", "certified", "lyanet", "zubov"],
+    ids=[
+        *("penalty", "accumulated", "everything", "batch norm", "certified", "lyanet", "zubov"),
+        *(f"sharded, {what}" for what in ("accumulated", "everything", "certified", "zubov")),
+    ],
 )
 def test_several_processes_train_like_one(changes: dict[str, Any], world_size: int, tmp_path: Path) -> None:
     config = tiny(**changes)
@@ -166,6 +176,37 @@ def test_several_processes_train_like_one(changes: dict[str, Any], world_size: i
     ours, theirs = (checkpoint.load(run / "model.safetensors")[0] for run in (folder, tmp_path / "one"))
     for name, tensor in theirs.items():  # in the mean: Adam makes a whole step of a gradient that is rounding alone
         assert (ours[name] - tensor).double().norm() <= 2e-3 * tensor.double().norm() + 1e-6
+
+
+@pytest.mark.parametrize(
+    "changes", [{**STAGED, "model": "MNISTNode", "regularizer": "jacobian"}, {**VECTORS, "model": "contractive-node"}]
+)
+def test_shards_train_like_replicas(changes: dict[str, Any], tmp_path: Path) -> None:
+    """Objectives that look at the first images of every process."""
+    folders = [start(tmp_path / str(shard), tiny(**changes, epochs=1, shard=shard)) for shard in (False, True)]
+    for folder in folders:
+        assert together(folder) == ["done"] * 2
+    replicas, shards = map(records, folders)
+    assert len(shards) == len(replicas) > 1
+    for ours, theirs in zip(shards, replicas, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5)
+
+
+def tell_the_share(rank: int, step: int) -> None:
+    if step == 2:
+        objects = [found for found in gc.get_objects() if isinstance(found, DTensor)]
+        held, whole = (sum(each(found) for found in objects) for each in (lambda t: t.to_local().numel(), torch.numel))
+        raise training.RunError(f"{len(objects)} tensors, share {held / whole:.2f}")
+
+
+def test_a_shard_is_a_part(tmp_path: Path) -> None:
+    """Else the tests above would pass if nothing were sharded."""
+    said = together(start(tmp_path / "run", tiny(model="CIFARNode", shard=True)), hook=tell_the_share)
+    for sentence in said:
+        found = re.fullmatch(r"RunError: (\d+) tensors, share (.*)", sentence)
+        assert found, sentence
+        assert int(found[1]) > 30  # weights, and two tensors of Adam for each
+        assert float(found[2]) == pytest.approx(0.5, abs=0.1)
 
 
 def tell_the_seed(rank: int, step: int) -> None:
@@ -187,8 +228,10 @@ def exit_at_5(rank: int, step: int) -> None:
     [
         {"model": "CIFARNode", "ema_decay": 0.5, "augmentation": "crop-flip"},  # dropout and batch normalisation
         {**VECTORS, "model": "zubov"},  # random rays
+        {**VECTORS, "model": "zubov", "zubov": {"consistency": 0.0, "classification": 0.0}},  # no gradient for f
+        {"model": "StagedCIFARNode", "ema_decay": 0.5, "shard": True},
     ],
-    ids=["CIFARNode", "zubov"],
+    ids=["CIFARNode", "zubov", "separation alone", "sharded"],
 )
 def test_three_processes_resume_to_the_bit(changes: dict[str, Any], tmp_path: Path) -> None:
     """Three: sums of two numbers know no order."""
@@ -201,8 +244,9 @@ def test_three_processes_resume_to_the_bit(changes: dict[str, Any], tmp_path: Pa
     assert_same_run(stopped, undisturbed)
 
 
-def test_another_number_of_processes_is_said(tmp_path: Path) -> None:
-    folder = start(tmp_path / "run", tiny())
+@pytest.mark.parametrize("shard", [False, True])
+def test_another_number_of_processes_is_said(shard: bool, tmp_path: Path) -> None:
+    folder = start(tmp_path / "run", tiny(shard=shard, model="StagedCIFARNode", n_steps=1, ema_decay=0.5))
     together(folder, hook=exit_at_5)
     with pytest.warns(UserWarning, match="processes was 2 and is 1"):
         training.fit(folder, DIGITS)

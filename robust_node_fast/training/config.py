@@ -187,6 +187,9 @@ class TrainConfig:
     channels_last: bool = _field(False, _RUN, "Images and states in channels_last.")
     autocast: bool = _field(False, _RUN, "The network in bfloat16 by torch.autocast; weights and losses in float32.")
     compile: bool = _field(False, _RUN, "torch.compile the network with its losses.")
+    shard: bool = _field(
+        False, _RUN, "Of several processes, each keeps a part of weights, gradients and optimizer state (FSDP2)."
+    )
     zubov: ZubovConfig = dataclasses.field(default_factory=ZubovConfig, metadata={"help": "", "section": _ZUBOV})
 
     def __post_init__(self) -> None:
@@ -235,6 +238,8 @@ class TrainConfig:
             raise ValueError("nesterov=True asks for a momentum, expected optimizer='sgd' and a momentum > 0")
         if self.compile and self.certified_eps:
             raise ValueError("compile=True does not fit certified_eps: its radius, new in every step, is compiled in")
+        if self.compile and self.shard:
+            raise ValueError("compile=True does not fit shard=True: weights that come and go are not compiled in")
         if self.autocast and self.regularizer == "jacobian":
             raise ValueError("autocast=True does not fit regularizer='jacobian', whose products are float32")
         self._check_network()

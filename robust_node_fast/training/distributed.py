@@ -111,11 +111,14 @@ def _reason(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
 
 
-def parallel(module: nn.Module) -> nn.Module:
-    """``module`` in DistributedDataParallel, which averages its gradients over the processes; alone, ``module``."""
+def parallel(module: nn.Module, *, reaches_all: bool = True) -> nn.Module:
+    """``module`` in DistributedDataParallel, which averages its gradients over the processes; alone, ``module``.
+
+    ``reaches_all``: whether every parameter has a gradient.
+    """
     if world_size() == 1:
         return module
-    replicas = DistributedDataParallel(module, gradient_as_bucket_view=True)
+    replicas = DistributedDataParallel(module, gradient_as_bucket_view=True, find_unused_parameters=not reaches_all)
     replicas.register_comm_hook(None, lambda _, bucket: _average_each(bucket))
     return replicas
 
@@ -132,7 +135,10 @@ def _average_each(bucket: Any) -> torch.futures.Future[Tensor]:
 
 
 def gradients_averaged(module: nn.Module, now: bool) -> AbstractContextManager[object]:
-    """A forward and backward pass of what ``parallel`` gave: its gradients are averaged now, or left for later."""
+    """A forward and backward pass of what ``parallel`` or ``shard`` gave: gradients are averaged now or later."""
+    if hasattr(module, "set_requires_gradient_sync"):  # sharded
+        module.set_requires_gradient_sync(now)  # type: ignore[operator]
+        return nullcontext()
     return nullcontext() if now or not isinstance(module, DistributedDataParallel) else module.no_sync()
 
 

@@ -14,6 +14,7 @@ from robust_node_fast.training import checkpoint
 from robust_node_fast.training.checkpoint import CheckpointError
 from robust_node_fast.training.config import TrainConfig
 from robust_node_fast.training.errors import RunError
+from robust_node_fast.training.sharding import parts_of
 
 __all__ = [
     "CHECKPOINT",
@@ -131,7 +132,7 @@ def load_weights(path: Path, model: Any, tensors: dict[str, Tensor], prefix: str
     """Load the tensors whose names begin with ``prefix`` into a module; a ``CheckpointError`` if they do not fit."""
     weights = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     try:
-        model.load_state_dict(weights)
+        model.load_state_dict(parts_of(model, weights))
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(

@@ -44,9 +44,11 @@ class Objective(nn.Module):
     Attributes:
         metrics: names of what ``forward`` gives beside the objective; the first one is the loss.
         progress: the share of the run that is done; the trainer sets it before every step.
+        reaches_all: whether every parameter has a gradient.
     """
 
     metrics: tuple[str, ...]
+    reaches_all = True
 
     def __init__(self, model: nn.Module, config: TrainConfig) -> None:
         super().__init__()
@@ -130,6 +132,7 @@ class ZubovObjective(Objective):
         options = dataclasses.asdict(config.zubov)
         names = ("consistency", "classification", "separation", "temperature", "margin", "n_rays", "reach", "floor")
         self.options = {"rate": config.rate, **{name: options[name] for name in names}}
+        self.reaches_all = bool(config.zubov.consistency or config.zubov.classification)  # separation: V alone
 
     def forward(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """As ``Objective``; the guards are those of ``zubov_losses``."""

@@ -26,7 +26,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from robust_node_fast import _backends
 from robust_node_fast.data import Dataset, to_float
-from robust_node_fast.training import augment, checkpoint, distributed, networks
+from robust_node_fast.training import augment, checkpoint, distributed, networks, sharding
 from robust_node_fast.training import folder as run_folder
 from robust_node_fast.training.batch_norm import synchronize_batch_norm_
 from robust_node_fast.training.checkpoint import CheckpointError
@@ -39,6 +39,7 @@ from robust_node_fast.training.signals import StopSignals
 __all__ = ["RATE_TOLERANCE", "Outcome", "check_device", "fit", "rate_sentence"]
 
 OnStep = Callable[[int, int, dict[str, float]], None]
+_Tensors = tuple[Tensor, ...] | list[Tensor]
 
 RATE_TOLERANCE = 1e-2  # the contractive network satisfies its rate if it reaches (1 - 1e-2) * rate
 _TRACKED = 256  # test images whose certificates are tracked
@@ -134,15 +135,20 @@ class _Trainer:
         self.averaged: AveragedModel | None = None
         if config.ema_decay:
             # Buffers too: statistics of batch normalisation are to fit the averaged weights.
-            average = get_ema_multi_avg_fn(config.ema_decay)  # type: ignore[no-untyped-call]
-            self.averaged = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
+            self.averaged = AveragedModel(self.model, multi_avg_fn=_average(config.ema_decay), use_buffers=True)
         if distributed.world_size() > 1:
             synchronize_batch_norm_(self.model, config.device)
         self.objective = objective_of(self.model, config)
         if config.compile:
             # Never dynamic: a run that is resumed compiles what the undisturbed run did.
             self.objective.compile(dynamic=False)
-        self.parallel = distributed.parallel(self.objective)
+        self.sharded = config.shard and distributed.world_size() > 1
+        if self.sharded:
+            self.parallel = sharding.shard(self.objective)
+            if self.averaged is not None:  # only for its parameters to be parts too
+                sharding.shard(self.averaged)
+        else:
+            self.parallel = distributed.parallel(self.objective, reaches_all=self.objective.reaches_all)
         self.optimizer = _optimizer(config, self.model)
         self.steps_per_epoch = math.ceil(len(self.train_labels) / config.batch_size)
         self.total = config.total_steps(len(self.train_labels))
@@ -180,9 +186,10 @@ class _Trainer:
                 # One decision for all processes: one that stopped alone would leave the others waiting for it.
                 number = distributed.largest(stop.signal or 0, self.config.device)
                 if self.step % self.steps_per_epoch == 0 or self.step == self.total:
-                    tested = {"test_accuracy": self._accuracy()}
+                    model = self._final_model()
+                    tested = {"test_accuracy": self._accuracy(model)}
                     if self.tracked is not None:
-                        tested["test_certified"] = self.tracked.certified(self._final_model)
+                        tested["test_certified"] = self.tracked.certified(model)
                     start = time.perf_counter() - self.seconds  # the clock stands still while testing
                     self._write({"step": self.step, "epoch": epoch, **tested, "seconds": self.seconds})
                     self._save()
@@ -241,7 +248,7 @@ class _Trainer:
             norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
         else:
             norm = nn.utils.get_total_norm(gradients)
-        *found_values, norm_value = torch.cat([values, norm.reshape(1)]).tolist()
+        *found_values, norm_value = torch.cat([values, sharding.whole(norm).reshape(1)]).tolist()
         self._check_finite(found_values, norm_value)
         self.optimizer.step()
         if self.averaged is not None:
@@ -260,15 +267,6 @@ class _Trainer:
             self.metrics.write(record)
 
     def _save(self) -> None:
-        distributed.on_rank_0(run_folder.writing(self.folder)(self._write_checkpoint))
-        self.saved = self.step
-
-    def save_model(self) -> None:
-        distributed.on_rank_0(run_folder.writing(self.folder)(self._write_model))
-
-    def _write_checkpoint(self) -> None:
-        if self.metrics is not None:
-            self.metrics.sync()  # first: a checkpoint without its metrics would lose lines
         optimizer = self.optimizer.state_dict()
         tensors = {f"{run_folder.WEIGHTS}{name}": tensor for name, tensor in self.model.state_dict().items()}
         if self.averaged is not None:
@@ -276,6 +274,25 @@ class _Trainer:
             tensors.update({f"{run_folder.AVERAGED}{name}": tensor for name, tensor in averaged.items()})
         for index, values in optimizer["state"].items():
             tensors.update({f"optimizer.{index}.{key}": value for key, value in values.items() if value is not None})
+        tensors = sharding.gathered(tensors, keep=distributed.rank() == 0)
+
+        def write() -> None:
+            self._write_checkpoint(tensors, optimizer["param_groups"])
+
+        distributed.on_rank_0(run_folder.writing(self.folder)(write))
+        self.saved = self.step
+
+    def save_model(self) -> None:
+        weights, state = self._final_model().state_dict(), {"config": dataclasses.asdict(self.config)}
+
+        def write() -> None:
+            checkpoint.save(self.folder / run_folder.MODEL, weights, state)
+
+        distributed.on_rank_0(run_folder.writing(self.folder)(write))
+
+    def _write_checkpoint(self, tensors: dict[str, Tensor], param_groups: list[dict[str, Any]]) -> None:
+        if self.metrics is not None:
+            self.metrics.sync()  # first: a checkpoint without its metrics would lose lines
         tensors["rng.cpu"] = torch.get_rng_state()
         if self._on_cuda:
             tensors["rng.cuda"] = torch.cuda.get_rng_state(self.config.device)
@@ -283,14 +300,10 @@ class _Trainer:
             "config": dataclasses.asdict(self.config),
             "step": self.step,
             "seconds": self.seconds,
-            "param_groups": optimizer["param_groups"],
+            "param_groups": param_groups,
             "environment": _environment(self.config.device),
         }
         checkpoint.save(self.folder / run_folder.CHECKPOINT, tensors, state)
-
-    def _write_model(self) -> None:
-        weights, state = self._final_model.state_dict(), {"config": dataclasses.asdict(self.config)}
-        checkpoint.save(self.folder / run_folder.MODEL, weights, state)
 
     def resume(self) -> None:
         """Go to the state of the checkpoint, if there is one."""
@@ -312,10 +325,14 @@ class _Trainer:
         if self.averaged is not None:
             run_folder.load_weights(path, self.averaged, tensors, run_folder.AVERAGED)
         per_parameter: dict[int, dict[str, Tensor]] = {}
+        parameters = list(self.model.parameters())
         for name, tensor in tensors.items():
             if name.startswith("optimizer."):
                 _, index, key = name.split(".", 2)
-                per_parameter.setdefault(int(index), {})[key] = tensor
+                parameter = parameters[int(index)]
+                # What is as large as the parameter is kept like it; the number of steps is not.
+                kept = sharding.part_like(tensor, parameter) if tensor.shape == parameter.shape else tensor
+                per_parameter.setdefault(int(index), {})[key] = kept
         self.optimizer.load_state_dict({"state": per_parameter, "param_groups": state["param_groups"]})
         torch.set_rng_state(tensors["rng.cpu"])
         if self._on_cuda:
@@ -334,15 +351,20 @@ class _Trainer:
     def _on_cuda(self) -> bool:
         return torch.device(self.config.device).type == "cuda"
 
-    @property
     def _final_model(self) -> nn.Module:
-        """The network that training is for: with averaged weights, if they are averaged."""
-        return self.model if self.averaged is None else self.averaged.module
+        """The network that training is for, averaged if it is averaged. All processes are to call this together."""
+        model: nn.Module = self.model if self.averaged is None else self.averaged.module
+        if not self.sharded:
+            return model
+        # Another one, with whole weights: the parts of this one come together for training steps alone.
+        found = self.config.build_model().to(self.config.device)
+        found.load_state_dict(sharding.gathered(model.state_dict()))
+        return found
 
     @torch.no_grad()
-    def _accuracy(self) -> float:
-        """On the whole test set, of which every process evaluates a part."""
-        model = self._final_model.eval()
+    def _accuracy(self, model: nn.Module) -> float:
+        """Of the final model on the whole test set, of which every process evaluates a part."""
+        model.eval()
         correct = torch.zeros((), dtype=torch.int64, device=self.config.device)
         for x, y in zip(torch.split(self.test_images, 512), torch.split(self.test_labels, 512), strict=True):
             if len(y):  # fewer images than processes
@@ -350,12 +372,13 @@ class _Trainer:
         return int(distributed.total(correct)) / self.n_test
 
     def outcome(self) -> Outcome:
+        model = self._final_model()
         return Outcome(
             folder=self.folder,
             config=self.config,
             steps=self.step,
-            accuracy=self._accuracy(),
-            final=self.objective.final(self._final_model),
+            accuracy=self._accuracy(model),
+            final=self.objective.final(model),
             seconds=self.seconds,
             seconds_per_epoch=self.seconds / (self.total / self.steps_per_epoch),
         )
@@ -380,6 +403,16 @@ class _Tracked:
         if len(self.labels):
             count += self.certify(self.model, self.images, self.labels, self.eps).sum()
         return int(distributed.total(count)) / self.n
+
+
+def _average(decay: float) -> Callable[[_Tensors, _Tensors, Tensor | int], None]:
+    """For ``AveragedModel``: the exponential moving average, of the parts that this process holds."""
+    average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+
+    def update(averaged: _Tensors, current: _Tensors, number: Tensor | int) -> None:
+        average([*map(sharding.local, averaged)], [*map(sharding.local, current)], number)
+
+    return update
 
 
 def _optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
