@@ -478,7 +478,9 @@ def _print_certificates(title: str, found: Summary) -> None:
 def cnode(
     *,
     dataset: Annotated[Literal["digits", "mnist", "fashionmnist"], typer.Option(help="Data set.")] = "mnist",
-    seeds: Annotated[int, typer.Option(min=1, help="Number of training seeds.")] = 3,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="Number of training seeds.", show_default="3; sweeps: 1")
+    ] = None,
     only: Annotated[
         list[str] | None,
         typer.Option(
@@ -492,7 +494,9 @@ def cnode(
     train_samples: Annotated[int | None, typer.Option(help="First training images.", show_default="all")] = None,
     attack_samples: Annotated[
         int | None,
-        typer.Option(min=1, help="First test images, for attacks only; all else takes all.", show_default="all"),
+        typer.Option(
+            min=1, help="First test images, for attacks only; all else takes all.", show_default="all; sweeps: 1000"
+        ),
     ] = None,
     out_folder: Annotated[
         Path | None, typer.Option("--out", help="Folder for everything.", show_default="runs/reproduce-<dataset>")
@@ -597,7 +601,10 @@ def _computed(
 def summary(
     folders: Annotated[list[Path], typer.Argument(help="Folders of `rnf reproduce cnode`.")],
     *,
-    seeds: Annotated[int, typer.Option(min=1, help="Number of training seeds that there are to be.")] = 3,
+    seeds: Annotated[
+        int | None,
+        typer.Option(min=1, help="Number of training seeds that there are to be.", show_default="3; sweeps: 1"),
+    ] = None,
     output: Annotated[Path, typer.Option(help="Markdown file to write.")] = Path("docs/results.md"),
 ) -> None:
     """One page of the cells there are, for MNIST and FashionMNIST, beside the paper's claims; it names the missing.

@@ -75,7 +75,8 @@ def files(folder: Path) -> dict[str, Path]:
 
 def test_the_grid_is_full() -> None:
     found = reproduce.cells("mnist")
-    assert [cell.config.seed for cell in found] == sorted([0, 1, 2] * (len(found) // 3))  # all rows of a seed first
+    seeds = [cell.config.seed for cell in found]
+    assert seeds == sorted(seeds)  # all rows of a seed first
     part = reproduce.cells("mnist", only=["grid"])
     assert part == [cell for cell in found if cell.row.startswith("grid/")]
     kinds = Counter((cell.config.init, grid.penalty_name(cell.config), cell.config.seed) for cell in part)
@@ -103,8 +104,10 @@ def test_a_setting_makes_a_cell() -> None:
     found = reproduce.cells("mnist", seeds=2)
     names = {cell.name: cell.settings for cell in found}
     assert all(names[cell.name] == cell.settings for cell in found)
-    same = [cell.row for cell in found if cell.name == found[1].name]
-    assert same == ["grid/default/2", "rho/default/2", "gamma/1", "steps/2/h 0.01, N 10"]
+    (swept,) = (cell for cell in found if (cell.row, cell.config.seed) == ("rho/default/2", 0))
+    same = [cell.row for cell in found if cell.name == swept.name]
+    assert same == ["rho/default/2", "gamma/1", "steps/2/h 0.01, N 10"]
+    assert [cell.row for cell in found if cell.config == swept.config] == ["grid/default/2", *same]  # one network
     others = [
         reproduce.cells("fashionmnist", seeds=1),
         reproduce.cells("mnist", seeds=1, attack_samples=9),
@@ -115,6 +118,24 @@ def test_a_setting_makes_a_cell() -> None:
         assert not names.keys() & {cell.name for cell in other}
     elsewhere = reproduce.cells("mnist", seeds=2, data_root="elsewhere")
     assert {cell.name for cell in elsewhere} == names.keys()
+
+
+def test_sweeps_are_small_unless_asked_otherwise() -> None:
+    def kinds(**asked: int) -> dict[bool, set[tuple[int, int | None]]]:
+        found: dict[bool, set[tuple[int, int | None]]] = {False: set(), True: set()}
+        for cell in reproduce.cells("mnist", **asked):
+            found[cell.row.split("/")[0] not in ("grid", "certified")].add((cell.config.seed, cell.attack_samples))
+        return found
+
+    assert kinds() == {False: {(0, None), (1, None), (2, None)}, True: {(0, 1000)}}
+    assert kinds(seeds=2) == {False: {(0, None), (1, None)}, True: {(0, 1000), (1, 1000)}}
+    assert kinds(attack_samples=9) == {False: {(0, 9), (1, 9), (2, 9)}, True: {(0, 9)}}
+    (cell,) = reproduce.cells("mnist", only=["gamma/10"])
+    result = made_up(cell, lambda name, strength: 0.5)
+    note = "Attacks ran on the first 1000 of 10000 images."
+    noted = dataclasses.replace(result, report=dataclasses.replace(result.report, notes=(note,)))
+    page = reproduce.markdown([cell], {cell.name: noted})
+    assert note in next(part for part in page.split("### ") if "| gamma/10 | 1 | 50.0 |" in part)
 
 
 def test_a_setting_that_is_newer_than_a_cell_has_its_default() -> None:

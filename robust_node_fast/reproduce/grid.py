@@ -26,6 +26,9 @@ NORMS = ("2", "2-sharp", "inf")
 RATES = (0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 15.0)
 WEIGHTS = (0.01, 0.1, 1.0, 10.0)
 STEPS = ((0.01, 5), (0.01, 10), (0.01, 20), (0.05, 10), (0.1, 10))  # h, N
+SEEDS = 3
+# Parts in which a setting is swept: small enough to run, one seed and attacks on the first test images.
+SWEEPS, SWEEP_SEEDS, SWEEP_ATTACK_SAMPLES = ("rho", "gamma", "steps", "jacobian"), 1, 1000
 # CIFAR-10 within hours on a CPU: the recipe for large batches with smaller ones, which give few epochs enough steps.
 CIFAR: dict[str, Any] = {
     "recipe": "large-batch",
@@ -101,7 +104,7 @@ def penalty_name(config: TrainConfig) -> str:
 def cells(
     dataset: str,
     *,
-    seeds: int = 3,
+    seeds: int | None = None,
     only: Sequence[str] = (),
     attack_samples: int | None = None,
     **budget: Any,
@@ -110,9 +113,9 @@ def cells(
 
     Args:
         dataset: as in ``TrainConfig``.
-        seeds: their number.
+        seeds: their number. None: 3, and 1 for the sweeps.
         only: rows, or what some begin with: "grid", "grid/identity", "grid/identity/2", "rho", ... None given: all.
-        attack_samples: attacks take the first so many test images; None: all.
+        attack_samples: attacks take the first so many test images. None: all, and 1000 for the sweeps.
         budget: fields of ``TrainConfig`` for all cells.
 
     Raises:
@@ -124,12 +127,16 @@ def cells(
             raise ValueError(f"only={wanted!r} fits no row, expected one of {', '.join(rows)}, or what some begin with")
     rows = {row: changes for row, changes in rows.items() if not only or any(_belongs(row, name) for name in only)}
     found = []
-    for seed in range(seeds):
+    for seed in range(SEEDS if seeds is None else seeds):
         for row, changes in rows.items():
+            swept = row.split("/")[0] in SWEEPS
+            if swept and seeds is None and seed >= SWEEP_SEEDS:
+                continue
             own, other = (
                 _config(dataset, {**budget, **fields, "seed": seed}) for fields in (changes, _partner(changes))
             )
-            found.append(Cell(row, own, other, attack_samples))
+            attacked = SWEEP_ATTACK_SAMPLES if swept and attack_samples is None else attack_samples
+            found.append(Cell(row, own, other, attacked))
     return found
 
 

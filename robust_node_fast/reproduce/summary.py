@@ -94,7 +94,6 @@ def markdown(cells: Sequence[Cell], results: Mapping[str, CellResult]) -> str:
             sorted({result.report.settings["torch"] for result in found}),
         )
         lines += ["", "Computed with robust_node_fast {} and PyTorch {}.".format(*map(", ".join, versions))]
-    lines += [line for note in sorted({note for r in found for note in r.report.notes}) for line in ("", note)]
     for dataset, group in itertools.groupby(cells, key=lambda cell: cell.config.dataset):
         lines += _dataset(dataset, list(group), results)
     return "\n".join(lines) + "\n"
@@ -119,6 +118,7 @@ def _dataset(dataset: str, cells: Sequence[Cell], results: Mapping[str, CellResu
         else:
             shown = table(members, spread=True)
         yield from ("", f"### {PARTS[part]}", "", *as_table(shown))
+        yield from (line for note in sorted(_notes(members)) for line in ("", note))
         for row, cell in ((row, cell) for row, cells in members.items() for cell in cells if not cell.report.reliable):
             yield from ("", f"**{row}, seed {cell.settings['train']['seed']}: {cell.report.verdict}**")
         if part == "grid":
@@ -132,6 +132,10 @@ def _dataset(dataset: str, cells: Sequence[Cell], results: Mapping[str, CellResu
     if found:
         yield from ("", "### Cost and epochs", "", *_cost(found))
     yield from _missing(cells, parts, results)
+
+
+def _notes(rows: Rows) -> set[str]:
+    return {note for cells in rows.values() for cell in cells for note in cell.report.notes}
 
 
 def _missing(cells: Sequence[Cell], parts: Mapping[str, Rows], results: Mapping[str, CellResult]) -> Iterator[str]:
