@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import robust_node_fast as rnf
 from robust_node_fast import _timing
-from robust_node_fast.bench.run import machine
+from robust_node_fast._machine import machine
 
 BATCH, EPS, STEPS, TRAINING_STEPS, LR, RATE = 128, 0.1, 40, 150, 0.005, 2.0
 

@@ -19,7 +19,7 @@ import torch
 import typer
 
 import robust_node_fast as rnf
-from robust_node_fast.bench.run import processor
+from robust_node_fast._machine import processor
 
 # Batch, channels, height and width, steps, kernel: one for each layout that multiplies in bfloat16, and for what it
 # does with channels that do not fill its vectors.

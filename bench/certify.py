@@ -20,7 +20,7 @@ import torch
 import typer
 
 import robust_node_fast as rnf
-from robust_node_fast.bench.run import processor
+from robust_node_fast._machine import processor
 
 EPS, BATCHES = 0.1, (64, 128, 256, 512)
 

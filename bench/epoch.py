@@ -21,7 +21,7 @@ import typer
 from torch import Tensor, nn
 
 import robust_node_fast as rnf
-from robust_node_fast.bench.run import machine
+from robust_node_fast._machine import machine
 
 BATCH, LR, RATE, TURN = 128, 0.05, 2.0, 47
 

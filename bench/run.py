@@ -12,7 +12,6 @@ import contextlib
 import datetime
 import gc
 import math
-import platform
 import random
 import statistics
 import sys
@@ -21,12 +20,12 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import robust_node_fast as rnf
+from robust_node_fast._machine import machine
 from robust_node_fast.bench import memory, verify
 from robust_node_fast.bench.providers import PROVIDERS, Prepared, Provider
 from robust_node_fast.bench.registry import OURS, SAVING, Problem, Workload
@@ -304,20 +303,6 @@ def machine_rates(threads: int) -> tuple[float, float]:
     gemm = min(_seconds(lambda: torch.mm(a, b)) for _ in range(20))
     copy = min(_seconds(lambda: target.copy_(source)) for _ in range(5))
     return 2 * 1024**3 / gemm * 1e-9, 2 * source.nbytes / copy * 1e-9
-
-
-@lru_cache
-def machine() -> str:
-    """Processor, our kernels' instructions and PyTorch's own, e.g. ``AMD EPYC, avx512_bf16, PyTorch AVX2``."""
-    isa = rnf.backend_info()["backends"]["cpu"].get("isa", "no compiled kernels")
-    return f"{processor()}, {isa}, PyTorch {torch.backends.cpu.get_cpu_capability()}"
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
 
 
 if __name__ == "__main__":

@@ -24,13 +24,14 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 import typer
 
 import robust_node_fast as rnf
+from robust_node_fast._machine import machine
 from robust_node_fast.bench import model, throughput
 from robust_node_fast.bench.plot import BLUE, GREY, ORANGE
 from robust_node_fast.bench.registry import OURS
@@ -38,7 +39,6 @@ from robust_node_fast.bench.report import replace_tables, table
 from robust_node_fast.bench.resources import RESULTS as RESOURCES
 from robust_node_fast.bench.resources import Resources, read
 from robust_node_fast.bench.rows import read_as, write
-from robust_node_fast.bench.run import machine
 from robust_node_fast.bench.throughput import TRAINING, Net
 from robust_node_fast.bench.together import together
 from robust_node_fast.models import CIFARNode, StagedCIFARNode
@@ -330,7 +330,10 @@ def line(sizes: Sequence[int], seconds: Sequence[float]) -> tuple[float, float]:
 def measure(smoke: bool) -> list[Check]:
     """One and two processes, one thread each."""
     rounds = 3 if smoke else 15
-    about = {"machine": machine(), "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
+    about: dict[str, Any] = {
+        "machine": machine(),
+        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
     found = together(reduces, 2, 10 * rounds)[0]
     latency, each = line(SIZES, found)
     rows = [

@@ -34,12 +34,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import robust_node_fast as rnf
+from robust_node_fast._machine import machine
 from robust_node_fast.bench import capability, memory, verify
 from robust_node_fast.bench.gpu import Way
 from robust_node_fast.bench.registry import OURS, RATE, SAVING
 from robust_node_fast.bench.report import ratio, replace_tables, table
 from robust_node_fast.bench.rows import read_as, write
-from robust_node_fast.bench.run import machine
 from robust_node_fast.bench.together import Failed, together
 from robust_node_fast.training import distributed
 

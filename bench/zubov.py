@@ -27,8 +27,8 @@ from torch import Tensor
 
 import robust_node_fast as rnf
 from robust_node_fast import zubov
+from robust_node_fast._machine import machine
 from robust_node_fast.bench.plot import BLUE, GREEN, ORANGE
-from robust_node_fast.bench.run import machine
 from robust_node_fast.zubov import ConvexLyapunov, reference
 
 OURS, LOOP, JVP, PER_CLASS = "robust_node_fast", "loop", "torch.func.jvp", "loop over classes"

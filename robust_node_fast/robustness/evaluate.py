@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from robust_node_fast import _checks
+from robust_node_fast._machine import machine
 from robust_node_fast._version import __version__
 from robust_node_fast.robustness import auto_attack, checks
 from robust_node_fast.robustness._inputs import check_batch, check_count, check_model, check_radius, predict
@@ -253,6 +254,7 @@ def evaluate(
         "sources": list(sources),
         "transfer_eps": transfer_radii if sources else [],
         "device": str(device),
+        "machine": machine(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "robust_node_fast": __version__,

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from robust_node_fast import data, robustness, training
+from robust_node_fast._machine import machine
 from robust_node_fast._version import __version__
 from robust_node_fast.training import CheckpointError, Outcome, Refused, TrainConfig, writing
 from robust_node_fast.training.checkpoint import replace_file
@@ -195,6 +196,7 @@ def compute(
         "command": f"rnf reproduce zubov --only '{cell.part}/{cell.row}' --seeds {cell.config.seed + 1}",
         "settings": cell.settings,
         "versions": {"robust_node_fast": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "machine": machine(),
         "threads": torch.get_num_threads(),
         "seconds": time.perf_counter() - start,
         **found,
