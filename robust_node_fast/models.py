@@ -1,4 +1,8 @@
-"""The papers' networks over the fused flow. State dicts convert to and from the reference's layout in both directions.
+"""Networks over the fused flow: the papers' three and ``StridedNode``. State dicts convert to the reference's and back.
+
+Images are ``(B, in_channels, image_size, image_size)``, logits ``(B, num_classes)``, on any device, float32 as built.
+``channels``, ``n_steps`` and ``step_size`` are the flow's; networks with stages take a width for each, and have as
+many steps in all of them. Sizes that are no positive ints raise a ``TypeError`` or ``ValueError``.
 
 Source: arXiv 2508.11432 and its authors' published settings; plain counterparts in ``robust_node_fast.reference``.
 """
@@ -11,6 +15,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from robust_node_fast import _checks
 from robust_node_fast.nn import EulerConvFlow, PadChannels, SmoothLeakyReLU, center_bias_
 
 __all__ = ["CIFARNode", "MNISTNode", "StagedCIFARNode", "StridedNode"]
@@ -37,6 +42,7 @@ class _Node(nn.Module):
 
     def contraction_penalty(self, *, rate: float, norm: str = "2", reduction: str = "sum") -> Tensor:
         """``functional.contraction_penalty`` over all Euler steps' filters; ``"none"``: all channels in a row."""
+        _checks.choice("reduction", reduction, _checks.REDUCTIONS)
         flows = [flow for _, flow in self.flows()]
         if len(flows) == 1 and reduction != "none":
             return flows[0].contraction_penalty(rate=rate, norm=norm, reduction=reduction)
@@ -111,7 +117,7 @@ class _Node(nn.Module):
 class MNISTNode(_Node):
     """``fc1(flatten(flow(smooth_leaky_relu(conv0(x)))))``: 3x3 stem, ``n_steps`` Euler steps, linear head.
 
-    Input ``(B, in_channels, image_size, image_size)`` in [0, 1]; output logits ``(B, num_classes)``.
+    Images in [0, 1].
     """
 
     _first_key, _key = 1, "conv"
@@ -142,10 +148,7 @@ class MNISTNode(_Node):
 
 
 class CIFARNode(_Node):
-    """``fc1(dropout(flatten(flow(dropout(bn(conv0(x)))))))``: one stage at full resolution.
-
-    Input ``(B, in_channels, image_size, image_size)``; output logits ``(B, num_classes)``.
-    """
+    """``fc1(dropout(flatten(flow(dropout(bn(conv0(x)))))))``: one stage at full resolution."""
 
     _first_key, _key = 0, "conv."
 
@@ -174,7 +177,7 @@ class CIFARNode(_Node):
 class StagedCIFARNode(_Node):
     """``bn(conv0(x))``, then stages of Euler steps; between them 2x2 average pooling and zero-padded channels.
 
-    The filters of the flows start at zero. Input ``(B, in_channels, image_size, image_size)``; output logits.
+    The filters of the flows start at zero.
     """
 
     _first_key, _key = 0, "conv."
@@ -209,8 +212,7 @@ class StagedCIFARNode(_Node):
 class StridedNode(_Node):
     """``fc1(s(fc0(flatten(z))))`` behind stages ``z = flow(s(conv(z)))`` whose convolutions halve the image.
 
-    Without batch normalisation, so that bound E can be trained. Input ``(B, in_channels, image_size, image_size)`` in
-    [0, 1]; output logits ``(B, num_classes)``.
+    Without batch normalisation, so that bound E can be trained. Images in [0, 1].
 
     Source: this project's, for certified training (docs/certify.md).
     """

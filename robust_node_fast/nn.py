@@ -53,8 +53,8 @@ class EulerConvFlow(nn.Module):
         bias: learn ``bias``.
         negative_slope: of the activation.
         shared_weights: one filter bank for all steps instead of one per step.
-        recompute: what backward needs is computed again, or saved: faster, with memory growing with N. The default
-            computes it again if N > 1.
+        recompute: what backward needs is computed again, or saved in memory that grows with N: faster or slower, by
+            batch and channels. The default computes it again if N > 1.
         device, dtype: of the parameters.
 
     Attributes:
@@ -150,6 +150,10 @@ class EulerConvFlow(nn.Module):
     @classmethod
     def from_convs(cls, convs: Sequence[nn.Conv2d], step_size: float, *, negative_slope: float = 0.1) -> EulerConvFlow:
         """A flow with the (copied) parameters of ``nn.Conv2d`` layers, one Euler step each.
+
+        Args:
+            convs: as many channels out as in, odd kernels, zero "same" padding, stride 1; all alike.
+            step_size, negative_slope: as for the layer.
 
         Raises:
             ValueError: a layer that is no Euler step (channels change, stride, dilation, groups, other padding), or

@@ -6,7 +6,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import COMPILED, LAYOUTS, assert_layout_kept, needs_kernels, random_filters, random_state
+from helpers import COMPILED, LAYOUTS, assert_close, assert_layout_kept, needs_kernels, random_filters, random_state
 from hypothesis import given, settings
 from torch import Tensor, nn
 
@@ -115,6 +115,78 @@ def test_no_column_sum_bounds_a_convolution_that_reflects() -> None:
         assert torch.linalg.matrix_norm(matrix_of(conv, 1, 6), 1) == 4.0
         assert certify.lipschitz._bound(conv)[0].one == torch.inf
         assert certify.lipschitz._bound(conv)[0].inf == 1.0
+
+
+@pytest.mark.parametrize(
+    ("kernel", "padding", "dilation"), [(1, 1, 1), (3, 2, 1), (3, (1, 2), 1), (3, 3, 2), (3, (1, 2), 2)]
+)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_circles_that_overlap(kernel: int, padding: int | tuple[int, int], dilation: int, stride: int) -> None:
+    """With more padding than the filter takes away a pixel counts more than once."""
+    conv = nn.Conv2d(
+        *(2, 3, kernel), stride, padding, dilation, padding_mode="circular", bias=False, dtype=torch.float64
+    )
+    matrix = matrix_of(conv, 2, 6)
+    (bound,) = certify.lipschitz._bound(conv)
+    assert torch.linalg.matrix_norm(matrix, torch.inf) <= bound.inf * (1 + 1e-12)
+    assert torch.linalg.matrix_norm(matrix, 1) <= bound.one * (1 + 1e-12)
+    assert (bound.one < torch.inf) == (dilation == 2 and padding == (1, 2))
+
+
+class Hundredfold(nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return 100.0 * super().forward(input)
+
+
+def test_layers_that_may_compute_something_else_are_refused() -> None:
+    x, y = samples(), torch.zeros(8, dtype=torch.long)
+    hooked, patched = nn.Conv2d(1, 2, 3, padding=1), nn.Conv2d(1, 2, 3, padding=1)
+    hooked.register_forward_hook(lambda module, inputs, output: 100.0 * output)
+    patched.forward = lambda input: 100.0 * nn.Conv2d.forward(patched, input)  # type: ignore[method-assign]
+    before = nn.Conv2d(1, 2, 3, padding=1)
+    before.register_forward_pre_hook(lambda module, inputs: (100.0 * inputs[0],))
+    for conv in (Hundredfold(1, 2, 3, padding=1), hooked, before, patched):
+        for activation in (nn.ReLU(), rnf.nn.SmoothLeakyReLU()):
+            model = nn.Sequential(conv, activation, nn.Flatten(), nn.Linear(72, 4)).eval()
+            for certificate in (
+                lambda model=model: certify.linf_certified(model, x, y, 0.1),
+                lambda model=model: certify.linf_radius(model, x, y),
+                lambda model=model: certify.l2_radius(model, x, y),
+                lambda model=model: certify.layer_bounds(model),
+            ):
+                with pytest.raises(TypeError, match="no bound is known for the layer"):
+                    certificate()
+
+
+def test_parametrised_weights_count_as_they_are() -> None:
+    x = samples()
+    model = small_network()
+    plain = certify.linf_radius(model, x, model(x).argmax(1))
+    for name, module in model.named_children():
+        if name in ("conv0", "fc1"):
+            torch.nn.utils.parametrizations.weight_norm(module)
+    normed = certify.linf_radius(model.eval(), x, model(x).argmax(1))
+    assert plain.max() > 0
+    assert_close(normed, plain, 1e-3)
+    assert type(model.get_submodule("conv0")).__name__ == "ParametrizedConv2d"  # of the user's, nothing is taken away
+
+
+def test_no_certificate_rests_on_numbers_that_cancel() -> None:
+    """In float64 this sample is classified rightly, in exact arithmetic it is not."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3, 2)).eval()
+    with torch.no_grad():
+        model[1].weight.copy_(torch.tensor([[2.0**60, 1.0, -(2.0**60)], [0.0, 0.0, 0.0]]))
+        model[1].bias.copy_(torch.tensor([0.1, 0.0]))
+    x, y = torch.tensor([[1.0, -0.25, 1.0]]), torch.zeros(1, dtype=torch.long)
+    assert model.double()(x.double()).argmax(1) == 0
+    assert not certify.linf_certified(model, x, y, 0.0).any()
+    assert not certify.l2_radius(model, x, y).any()
+
+
+def test_the_finest_search_ends() -> None:
+    model, x = small_network(), samples(2)
+    y = model(x).argmax(1)
+    assert_close(certify.linf_radius(model, x, y, tolerance=1e-18), certify.linf_radius(model, x, y), 1e-3)
 
 
 @pytest.mark.parametrize(
@@ -575,6 +647,8 @@ def test_bad_arguments_are_named() -> None:
         certify.linf_certified(
             nn.Sequential(nn.Flatten(), nn.Linear(36, 4), nn.GELU(), nn.Linear(4, 4)).eval(), x, y, 0.1
         )
+    with pytest.raises(ValueError, match="does not compute what"):
+        certify.l2_radius(Forgetful().eval(), torch.randn(5, 4), torch.zeros(5, dtype=torch.long))
     with pytest.raises(ValueError, match="does not compute what"):
         certify.linf_certified(Forgetful().eval(), torch.randn(5, 4), torch.zeros(5, dtype=torch.long), 0.1)
     with pytest.raises(TypeError, match=r"expected an nn.Sequential or a module with layers\(\)"):

@@ -819,11 +819,38 @@ def test_bad_input() -> None:
             call()
 
 
+class Forgetful(nn.Module):
+    """A backbone whose layers are not what it computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(5, 3)
+
+    def layers(self) -> list[nn.Module]:
+        return [self.body]
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.body(100.0 * input)
+
+
+class Faster(zubov.DenseFlow):
+    def forward(self, input: Tensor, return_trajectory: bool = False) -> Tensor:
+        return super().forward(100.0 * input, return_trajectory)
+
+
+class OtherNet(zubov.ZubovNet):
+    def features(self, input: Tensor) -> Tensor:
+        return 100.0 * super().features(input)
+
+
 def test_bad_input_of_the_certificate() -> None:
     net, x, y = dense_net().eval(), torch.randn(4, 5), torch.zeros(4).long()
     poisoned = copy.deepcopy(net)
     nn.init.constant_(poisoned.lyapunov.anchor, torch.nan)
     unknown = zubov.ZubovNet(nn.Sequential(nn.Linear(5, 3), nn.Tanh()), net.dynamics, net.lyapunov).eval()
+    forgetful = zubov.ZubovNet(Forgetful(), net.dynamics, net.lyapunov).eval()
+    faster = zubov.ZubovNet(net.backbone, Faster(3, 2, 0.1), net.lyapunov).eval()
+    other = OtherNet(net.backbone, net.dynamics, net.lyapunov).eval()
     for error, match, call in (
         (ValueError, "in training mode", lambda: zubov.margin_radius(copy.deepcopy(net).train(), x, y)),
         (ValueError, "lyapunov.anchor is not finite", lambda: zubov.margin_radius(poisoned, x, y)),
@@ -833,6 +860,10 @@ def test_bad_input_of_the_certificate() -> None:
         (ValueError, "p='3' is unknown", lambda: zubov.margin_radius(net, x, y, p="3")),
         (TypeError, "no bound is known for the layer Tanh", lambda: zubov.margin_radius(unknown, x, y)),
         (TypeError, "net is a Linear", lambda: zubov.margin_radius(nn.Linear(2, 2), x, y)),  # type: ignore[arg-type]
+        (ValueError, "does not compute what", lambda: zubov.margin_radius(forgetful, x, y)),
+        (TypeError, "no bound is known for the layer Faster", lambda: zubov.margin_radius(faster, x, y)),
+        (TypeError, "net is a OtherNet, expected a ZubovNet", lambda: zubov.margin_radius(other, x, y)),
+        (ValueError, "eps=-1.0 is negative", lambda: zubov.margin_certified(net, x, y, -1.0)),
     ):
         with pytest.raises(error, match=match):
             call()

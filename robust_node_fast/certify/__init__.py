@@ -8,10 +8,11 @@ network as it is deployed: the same step size, the same number of steps.
 from __future__ import annotations
 
 from robust_node_fast.certify.interval import linf_certified, linf_radius, worst_case_logits
-from robust_node_fast.certify.lipschitz import l2_radius, layer_bounds, lipschitz_radius
+from robust_node_fast.certify.lipschitz import LayerBound, l2_radius, layer_bounds, lipschitz_radius
 from robust_node_fast.certify.summary import Summary, summarise
 
 __all__ = [
+    "LayerBound",
     "Summary",
     "l2_radius",
     "layer_bounds",

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from robust_node_fast import _checks
+from robust_node_fast.nn import EulerConvFlow, PadChannels, SmoothLeakyReLU
 
-# Of a network's own arithmetic in float64, relative to its logits: far above what its sums can lose (docstring of
-# interval.py), far below any margin that matters.
+# Of a network's own arithmetic in float64, relative to the largest number in it (``largest_in``): far above what its
+# sums can lose (docstring of interval.py), far below any margin that matters.
 ROUNDING = 1e-9
 
 _COMPARED = 32  # samples on which the layers are compared with the model
+_KNOWN: tuple[type[nn.Module], ...] = (
+    *(EulerConvFlow, PadChannels, SmoothLeakyReLU),
+    *(nn.AvgPool2d, nn.BatchNorm2d, nn.Conv2d, nn.Dropout, nn.Flatten, nn.Identity, nn.Linear, nn.ReLU),
+)
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
@@ -25,7 +33,7 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
         TypeError: the model does not say what its layers are.
         ValueError: the last one is no ``nn.Linear``.
     """
-    layers = _flattened(model)
+    layers = flattened(model)
     if layers == [model]:
         raise TypeError(
             f"model is a {type(model).__name__}, expected an nn.Sequential or a module with layers(), the list of "
@@ -36,17 +44,34 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
     return layers
 
 
-def _flattened(module: nn.Module) -> list[nn.Module]:
+def flattened(module: nn.Module) -> list[nn.Module]:
+    """The layers of a network or of a part of one, itself if it does not say what they are."""
     if isinstance(module, nn.Sequential):
-        return [layer for child in module for layer in _flattened(child)]
+        return [layer for child in module for layer in flattened(child)]
     layers = getattr(module, "layers", None)
     if callable(layers):
-        return [layer for child in layers() for layer in _flattened(child)]
+        return [layer for child in layers() for layer in flattened(child)]
     return [module]
+
+
+def check_known(layers: Sequence[nn.Module]) -> None:
+    """That the layers are what bounds are known for: a subclass or a hook may compute something else.
+
+    Raises:
+        TypeError: one is not.
+    """
+    for layer in layers:
+        name = type(layer).__name__
+        if type(layer) not in _KNOWN:
+            raise TypeError(f"no bound is known for the layer {name}")
+        if layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer):
+            raise TypeError(f"no bound is known for the layer {name} with a hook or a forward of its own")
 
 
 def in_float64(model: nn.Module) -> nn.Module:
     """A copy of the model in float64, for a certificate whose rounding errors do not count.
+
+    Parametrised weights (``torch.nn.utils.parametrize``) become plain ones with the values that they have.
 
     Raises:
         TypeError: the model is no module.
@@ -59,7 +84,12 @@ def in_float64(model: nn.Module) -> nn.Module:
     for name, value in model.state_dict().items():
         if value.is_floating_point() and not value.isfinite().all():
             raise ValueError(f"model's {name} is not finite, expected finite weights")
-    return copy.deepcopy(model).double().requires_grad_(False)
+    found = copy.deepcopy(model)
+    for module in found.modules():
+        if parametrize.is_parametrized(module):
+            for name in list(module.parametrizations):  # type: ignore[arg-type]
+                parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+    return found.double().requires_grad_(False)
 
 
 def samples(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,23 +116,34 @@ def samples(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return x, y.long()
 
 
-def same_function(model: nn.Module, x: Tensor) -> None:
+def same_function(model: nn.Module, layers: Sequence[nn.Module], x: Tensor) -> None:
     """That the layers compute what the model does: a certificate about another function would be worthless.
 
     Raises:
+        TypeError: as ``check_known``.
         ValueError: they do not, for the first samples of ``x``.
     """
+    check_known(layers)
     x = x[:_COMPARED].double()
     if len(x) == 0:
         return
     deployed = model(x)
     composed = x
-    for layer in layers_of(model):
+    for layer in layers:
         composed = layer(composed)
     if deployed.shape != composed.shape or not torch.allclose(
         deployed, composed, rtol=1e-6, atol=1e-6 * (1.0 + deployed.abs().max().item())
     ):
         raise ValueError("model.layers() does not compute what model.forward() does: no certificate is possible")
+
+
+def largest_in(layer: nn.Module, z: Tensor) -> Tensor:
+    """Of what enters a layer and of the terms of a linear layer's sums, the largest magnitude: ``(B, 1)``."""
+    size = z.abs().flatten(1)
+    found = size.amax(1, keepdim=True)
+    if isinstance(layer, nn.Linear):
+        found = torch.maximum(found, F.linear(z.abs(), layer.weight.abs()).flatten(1).amax(1, keepdim=True))
+    return found
 
 
 def margins(logits: Tensor, y: Tensor) -> Tensor:

@@ -20,8 +20,9 @@ Soundness of the arithmetic: where the weights are float32 numbers, flows and a 
 it run in float32, on kernels that round outward and cover all of their own errors (csrc/cpu/interval.inc); so do the
 conversions before them. Everything else is in float64: bounds are sums of
 non-negative numbers, whose relative error is at most the number of terms times 2^-53, layer by layer: below 1e-10 for
-sums of 10^4 terms in 100 layers. The final comparison asks for more margin than the bound, by 1e-9 of the logits and of
-the bound. So a certificate is about the network in exact arithmetic with the weights as they are.
+sums of 10^4 terms in 100 layers. The final comparison asks for more margin than the bound, by 1e-9 of the largest
+number in the network, of the logits and of the bound. So a certificate is about the network in exact arithmetic with
+the weights as they are.
 
 Source: arXiv 2508.11432 for the network; the bound is this project's (interval bounds with a slope for each pixel).
 """
@@ -29,6 +30,7 @@ Source: arXiv 2508.11432 for the network; the bound is this project's (interval 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -44,6 +46,7 @@ __all__ = ["linf_certified", "linf_radius", "worst_case_logits"]
 
 
 SMALLEST, LARGEST = 1e-3, 1e6  # where the search for a radius starts, and where it ends at the latest
+FINEST = 1e-12  # of radii, relative: numbers in float64 are not much closer together
 
 
 class Box(NamedTuple):
@@ -147,24 +150,27 @@ _MOVING = (nn.Flatten, nn.Identity, PadChannels)  # numbers, and computing nothi
 _ROUNDING_OUTWARD = (EulerConvFlow, ActivatedConv)
 
 
-def _margins(layers: list[nn.Module], x: Tensor, y: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The centre's margins, ``(B, K)`` and ``inf`` at the label; the most they can change; the centre's logits.
-
-    ``eps`` is one number for each sample, or one for all.
-    """
-    *body, head = layers
-    assert isinstance(head, nn.Linear)
+def _boxes(body: Sequence[nn.Module], x: Tensor, eps: Tensor) -> Iterator[Box]:
+    """The box in front of every layer, and behind the last; ``eps`` is one number for each sample, or one for all."""
     box = Box(x, eps.view(-1, *(1,) * (x.dim() - 1)).expand(-1, *x.shape[1:]))
     for layer in body:
         if not isinstance(layer, _MOVING):
             dtype = layer.weight.dtype if isinstance(layer, _ROUNDING_OUTWARD) else x.dtype
             box = Box(*reference.round_outward(*box, dtype))
+        yield box
         box = _through(layer, box)
-    logits = head(box.centre.to(x.dtype))
+    yield box
+
+
+def _margins(head: nn.Module, box: Box, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The centre's margins, ``(B, K)`` and ``inf`` at the label; the most they can change; the centre's logits."""
+    assert isinstance(head, nn.Linear)
+    dtype = head.weight.dtype
+    logits = head(box.centre.to(dtype))
     radius, change = box.radius.expand_as(box.centre), torch.zeros_like(logits)
     for label in torch.unique(y).tolist():
         of_label = y == label
-        change[of_label] = F.linear(radius[of_label].to(x.dtype), (head.weight[label] - head.weight).abs())
+        change[of_label] = F.linear(radius[of_label].to(dtype), (head.weight[label] - head.weight).abs())
     return _network.margins(logits, y), change, logits
 
 
@@ -181,7 +187,9 @@ def worst_case_logits(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Ten
     """
     _check_eps(eps)
     x, y = _network.samples(model, x, y)
-    _, change, logits = _margins(_network.layers_of(model), x, y, x.new_full((1,), float(eps)))
+    *body, head = _network.layers_of(model)
+    *_, box = _boxes(body, x, x.new_full((1,), float(eps)))
+    _, change, logits = _margins(head, box, y)
     return logits + change  # zero at the label
 
 
@@ -197,8 +205,8 @@ def _deployed(model: nn.Module, x: Tensor) -> list[nn.Module]:
     They are compared with the model on ``x``.
     """
     double = _network.in_float64(model)
-    _network.same_function(double, x)
     layers = _network.layers_of(double)
+    _network.same_function(double, layers, x)
     found: list[nn.Module] = []
     for layer in layers:
         together = ActivatedConv.of(found[-1], layer) if found else None
@@ -213,8 +221,11 @@ def _narrowed(layer: nn.Module) -> nn.Module:
 
 
 def _certified(layers: list[nn.Module], x: Tensor, y: Tensor, eps: Tensor) -> Tensor:
-    margins, change, logits = _margins(layers, x.double(), y, eps)
-    slack = _network.ROUNDING * (1.0 + logits.abs().amax(1, keepdim=True) + change)
+    largest = torch.ones(len(x), 1, dtype=torch.float64, device=x.device)
+    for layer, box in zip(layers, _boxes(layers[:-1], x.double(), eps), strict=True):
+        largest = torch.maximum(largest, _network.largest_in(layer, box.centre.double()))
+    margins, change, logits = _margins(layers[-1], box, y)
+    slack = _network.ROUNDING * (largest + logits.abs().amax(1, keepdim=True) + change)
     return (margins - change > slack).all(1)
 
 
@@ -262,7 +273,8 @@ def _largest(layers: list[nn.Module], x: Tensor, y: Tensor, low: Tensor, toleran
 def linf_radius(model: nn.Module, x: Tensor, y: Tensor, *, tolerance: float = 1e-4, batch_size: int = 256) -> Tensor:
     """The ``eps`` up to which bisection certifies, to ``tolerance``: ``(B,)`` float64, 0 if misclassified.
 
-    By doubling and bisection on bound E, up to 10^6; never less than the radius of the Lipschitz constants.
+    By doubling and bisection on bound E, up to 10^6 and to 1e-12 at the finest; never less than the radius of the
+    Lipschitz constants.
     Every radius that is returned was certified itself: that does not rest on the search.
 
     Args, Raises: as ``linf_certified``; ``tolerance`` not above 0.
@@ -279,6 +291,7 @@ def linf_radius(model: nn.Module, x: Tensor, y: Tensor, *, tolerance: float = 1e
         possible = _certified(layers, part, labels, torch.zeros_like(start))
         radius = torch.zeros_like(start)
         if possible.any():
-            radius[possible] = _largest(layers, part[possible], labels[possible], start[possible], tolerance)
+            finest = max(tolerance, FINEST)
+            radius[possible] = _largest(layers, part[possible], labels[possible], start[possible], finest)
         found.append(radius)
     return torch.cat(found) if found else torch.zeros(0, dtype=torch.float64, device=x.device)

@@ -3,8 +3,9 @@
 Per Euler step ``rnf.functional.euler_lipschitz_bound``; convolutions by the row sums ``max_o sum |W[o]|`` (p = inf) and
 column sums ``max_c sum |W[:, c]|`` (p = 1) of their filters; p = 2 by ``||M||_2 <= sqrt(||M||_1 ||M||_inf)``. A row of
 the operator has the entries of a filter, some added up where padding repeats pixels, some missing: row sums bound the
-operator's under any padding. A column has each entry at most once under zero and circular padding only: with reflect
-and replicate there is no bound for p = 1 and 2. No power iteration: it would be a bound from below.
+operator's under any padding. A column has each entry at most once under zero padding, and under circular padding that
+adds no more than a filter takes away; otherwise there is no bound for p = 1 and 2. No power
+iteration: it would be a bound from below.
 
 Radius in norm p with the head's rows ``w`` and q dual to p:
 
@@ -55,8 +56,7 @@ def _bound(layer: nn.Module) -> list[LayerBound]:
         if isinstance(layer, nn.Conv2d) and layer.groups != 1:
             raise ValueError("a convolution has groups: no bound is known")
         sums = layer.weight.abs().flatten(2).sum(2) if layer.weight.dim() == 4 else layer.weight.abs()
-        # Reflecting and replicating, a pixel counts in an output more than once: no column sum bounds that.
-        each_once = not isinstance(layer, nn.Conv2d) or layer.padding_mode in ("zeros", "circular")
+        each_once = not isinstance(layer, nn.Conv2d) or _counts_once(layer)
         return [LayerBound(name, sums.sum(1).max().item(), sums.sum(0).max().item() if each_once else math.inf)]
     if isinstance(layer, SmoothLeakyReLU):
         steepest = max(1.0, abs(layer.negative_slope))
@@ -77,6 +77,15 @@ def _bound(layer: nn.Module) -> list[LayerBound]:
     raise TypeError(f"no bound is known for the layer {name}")
 
 
+def _counts_once(layer: nn.Conv2d) -> bool:
+    """Whether no tap of a filter meets a pixel twice. Reflected and replicated it does, and where circles overlap."""
+    if layer.padding_mode != "circular":
+        return layer.padding_mode == "zeros"
+    sides = layer._reversed_padding_repeated_twice  # left, right, top, bottom
+    added = sides[2] + sides[3], sides[0] + sides[1]
+    return all(n <= d * (k - 1) for n, d, k in zip(added, layer.dilation, layer.kernel_size, strict=True))
+
+
 @torch.no_grad()
 def layer_bounds(model: nn.Module) -> list[LayerBound]:
     """Every layer's bounds, the head's left out; an Euler step counts as a layer.
@@ -84,8 +93,9 @@ def layer_bounds(model: nn.Module) -> list[LayerBound]:
     Raises:
         TypeError, ValueError: as ``linf_certified``.
     """
-    *body, _ = _network.layers_of(_network.in_float64(model))
-    return [bound for layer in body for bound in _bound(layer)]
+    layers = _network.layers_of(_network.in_float64(model))
+    _network.check_known(layers)
+    return [bound for layer in layers[:-1] for bound in _bound(layer)]
 
 
 @torch.no_grad()
@@ -105,14 +115,19 @@ def lipschitz_radius(model: nn.Module, x: Tensor, y: Tensor, *, p: str, batch_si
         constant *= bound.of(p)
     model = _network.in_float64(model)
     x, y = _network.samples(model, x, y)
-    head = _network.layers_of(model)[-1]
+    layers = _network.layers_of(model)
+    _network.same_function(model, layers, x)
+    head = layers[-1]
     assert isinstance(head, nn.Linear)
     dual = {"inf": 1.0, "1": torch.inf, "2": 2.0}[p]
     distances = torch.linalg.vector_norm(head.weight[:, None] - head.weight[None], dual, dim=2)
     found = []
     for part, labels in zip(torch.split(x, batch_size), torch.split(y, batch_size), strict=True):
-        logits = model(part.double())
-        slack = _network.ROUNDING * (1.0 + logits.abs().amax(1, keepdim=True))
+        logits, largest = part.double(), torch.ones(len(part), 1, dtype=torch.float64, device=part.device)
+        for layer in layers:
+            largest = torch.maximum(largest, _network.largest_in(layer, logits))
+            logits = layer(logits)
+        slack = _network.ROUNDING * (largest + logits.abs().amax(1, keepdim=True))
         left = (_network.margins(logits, labels) - slack).clamp_min(0.0)
         distance = distances[labels].scatter(1, labels[:, None], 1.0)
         # Two equal rows of the head: their margin never changes.

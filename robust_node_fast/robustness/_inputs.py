@@ -26,7 +26,7 @@ def check_count(name: str, value: int) -> None:
 
 
 def check_model(model: nn.Module, name: str = "model") -> None:
-    if model.training:
+    if any(module.training for module in model.modules()):
         raise ValueError(
             f"{name} is in training mode, expected {name}.eval(): dropout and batch norm would blur an attack"
         )

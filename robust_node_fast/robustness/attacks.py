@@ -22,7 +22,7 @@ __all__ = ["LOSSES", "fgsm", "margin", "pgd"]
 def margin(logits: Tensor, labels: Tensor) -> Tensor:
     """``max_{j != y} f_j - f_y``, ``(B,)``: positive exactly where another class wins (Carlini & Wagner, 1608.04644).
 
-    Unlike the cross-entropy it does not saturate where a network is sure of itself.
+    Unlike the cross-entropy it does not saturate where a network is sure of itself: see ``_gradient``.
     """
     right = labels[:, None]
     return logits.scatter(1, right, -torch.inf).max(1).values - logits.gather(1, right)[:, 0]
@@ -47,6 +47,9 @@ def fgsm(model: nn.Module, images: Tensor, labels: Tensor, eps: float, *, norm: 
         eps: radius of the ball, >= 0.
         norm: of the ball, ``"inf"`` or ``"2"``.
 
+    Returns:
+        ``(B, C, H, W)``, in the ball and in [0, 1].
+
     Raises:
         TypeError, ValueError: the model is in training mode or has weights that are not finite; ``images`` and
             ``labels`` are empty, do not fit, or are out of range; ``eps`` is negative or not finite; unknown ``norm``.
@@ -55,7 +58,7 @@ def fgsm(model: nn.Module, images: Tensor, labels: Tensor, eps: float, *, norm: 
     _checks.choice("norm", norm, _inputs.NORMS)
     with _inputs.attacked(model, images, labels):
         gradient, _ = _gradient(model, images, labels, "cross-entropy")
-    return (images + eps * _direction(gradient, norm)).clamp(0.0, 1.0)
+    return _project(images + eps * _direction(gradient, norm), images, eps, norm)
 
 
 def pgd(
@@ -89,6 +92,9 @@ def pgd(
         loss: that is climbed, ``"cross-entropy"`` or ``"margin"``.
         target: in eval mode; decides what fools. None: ``model``, and all steps are taken.
         generator: on the CPU; of the random starts, uniform in the ball.
+
+    Returns:
+        ``(B, C, H, W)``, in the ball and in [0, 1].
 
     Raises:
         TypeError, ValueError: as ``fgsm``, and for ``step_size``, ``n_steps``, ``n_restarts``, ``loss`` and ``target``.
@@ -136,12 +142,19 @@ def pgd(
 
 
 def _gradient(model: nn.Module, images: Tensor, labels: Tensor, loss: str) -> tuple[Tensor, Tensor]:
-    """Of every image's loss to the image, ``(B, C, H, W)``, and the logits."""
+    """Of every image's loss to the image, ``(B, C, H, W)``, and the logits.
+
+    Where the cross-entropy's gradient is exactly zero, which it is once a network is sure enough, the margin's.
+    """
     with torch.enable_grad():
         images = images.detach().requires_grad_()
         logits = model(images)
         _inputs.check_logits(logits, labels)
         (gradient,) = torch.autograd.grad(LOSSES[loss](logits, labels).sum(), images)
+    if loss != "margin":
+        flat = ~gradient.flatten(1).any(1)
+        if bool(flat.any()):
+            gradient[flat] = _gradient(model, images[flat], labels[flat], "margin")[0]
     return gradient, logits.detach()
 
 
@@ -154,7 +167,11 @@ def _logits(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
 
 def _direction(gradient: Tensor, norm: str) -> Tensor:
     """The steepest ascent of length 1 in the norm; no step where the gradient is zero."""
-    return gradient.sign() if norm == "inf" else gradient / _lengths(gradient)
+    if norm == "inf":
+        return gradient.sign()
+    # First by the largest entry: squares of small ones would vanish, and the length with them.
+    largest = gradient.abs().amax((1, 2, 3), keepdim=True).clamp(min=torch.finfo(gradient.dtype).tiny)
+    return gradient / largest / _lengths(gradient / largest)
 
 
 def _project(adversarial: Tensor, images: Tensor, eps: float, norm: str) -> Tensor:

@@ -34,6 +34,9 @@ def autoattack(
         model, images, labels, eps, norm: as in ``attacks.fgsm``.
         generator: on the CPU; seeds the ensemble.
 
+    Returns:
+        ``(B, C, H, W)``, in the ball and in [0, 1].
+
     Raises:
         ModuleNotFoundError: the authors' code is not installed.
         TypeError, ValueError: as ``attacks.fgsm``.

@@ -31,6 +31,9 @@ def square(
         n_queries: logits asked for per image at most, at least 1; the paper has 10,000, AutoAttack 5,000.
         generator: on the CPU.
 
+    Returns:
+        ``(B, C, H, W)``, in the ball and in [0, 1].
+
     Raises:
         TypeError, ValueError: as ``attacks.fgsm``, and for ``n_queries``.
     """

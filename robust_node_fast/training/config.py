@@ -65,10 +65,10 @@ class ZubovConfig:
     )
     dim: int = _field(32, _ZUBOV, "Numbers in a state.")
     field_width: int = _field(64, _ZUBOV, "Hidden units of the right-hand side f.")
-    width: int = _field(32, _ZUBOV, "Units in a layer of the Lyapunov functions.")
-    depth: int = _field(2, _ZUBOV, "Their layers.")
-    attention: Literal["full", "partial"] = _field("full", _ZUBOV, "Without or with their context network.")
-    eps: float = _field(0.05, _ZUBOV, "Of eps |x - x*|^2 in them.")
+    width: int = _field(32, _ZUBOV, "Units in each of their layers.")
+    depth: int = _field(2, _ZUBOV, "Layers of the Lyapunov functions.")
+    attention: Literal["full", "partial"] = _field("full", _ZUBOV, "Partial: with a context network, which sees x*.")
+    eps: float = _field(0.05, _ZUBOV, "Of the term eps |x - x*|^2 in every Lyapunov function.")
     consistency: float = _field(1.0, _ZUBOV, "Weight of the loss: Zubov's equation; 0: none.")
     classification: float = _field(1.0, _ZUBOV, "Weight of the loss: cross-entropy; 0: none.")
     separation: float = _field(1.0, _ZUBOV, "Weight of the loss: regions apart from each other; 0: none.")
@@ -127,7 +127,7 @@ class TrainConfig:
     init: Literal["centered", "default", "identity", "authors"] = _field(
         "centered",
         _NETWORK,
-        "Start: PyTorch's (the paper's), nn.center_bias_, nn.contractive_init_ or nn.authors_init_.",
+        "Start: PyTorch's with nn.center_bias_, PyTorch's (the paper's), nn.contractive_init_, or nn.authors_init_.",
     )
     seed: int = _field(0, _NETWORK, "Seed of weights, data order, augmentation, dropout.")
     train_samples: int | None = _field(None, _DATA, "First training images; else all.")

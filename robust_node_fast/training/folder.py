@@ -98,13 +98,21 @@ def load_model(folder: Path) -> tuple[nn.Module, TrainConfig]:
 
 
 def accuracy_by_epoch(folder: Path) -> tuple[float, ...]:
-    """Accuracy on the test set after every epoch so far of the run in ``folder``."""
+    """Accuracy on the test set after every epoch so far of the run in ``folder``.
+
+    Raises:
+        OSError, ValueError: there are no metrics yet, or no JSON lines.
+    """
     lines = map(json.loads, (folder / METRICS).read_text().splitlines())
     return tuple(line["test_accuracy"] for line in lines if "test_accuracy" in line)
 
 
 def last_step(folder: Path) -> dict[str, float]:
-    """The metrics of the last step so far of the run in ``folder``."""
+    """The metrics of the last step so far of the run in ``folder``.
+
+    Raises:
+        IndexError, OSError, ValueError: there are none yet, or no JSON lines.
+    """
     lines = map(json.loads, (folder / METRICS).read_text().splitlines())
     return [line for line in lines if "loss" in line][-1]
 

@@ -82,7 +82,14 @@ def listed() -> Iterator[tuple[str, str, str, str]]:
     for section in dict.fromkeys(field.metadata["section"] for field in fields.values()):
         for name, field in fields.items():
             if field.metadata["section"] == section:
-                yield section, name, _default_of(name, field), field.metadata["help"]
+                yield section, name, _default_of(name, field), f"{field.metadata['help']}{_choices(name)}"
+
+
+def _choices(name: str) -> str:
+    """`` Of a, b.`` for a field with so many values."""
+    own = name.removeprefix(_NESTED)
+    kind = get_type_hints(ZubovConfig if own != name else TrainConfig)[own]
+    return f" Of {', '.join(get_args(kind))}." if get_origin(kind) is Literal else ""
 
 
 def _default_of(name: str, field: dataclasses.Field[Any]) -> str:

@@ -101,6 +101,7 @@ def fit(folder: Path, dataset: Dataset, *, on_step: OnStep | None = None, tensor
         Refused: loss or gradient are not finite, or a guard of the objective refuses to go on.
         CheckpointError: the checkpoint is corrupted or belongs to another configuration.
         Interrupted: see above.
+        ValueError: ``dataset`` is another one.
     """
     config = run_folder.load_config(folder)
     if dataset.name != config.dataset:

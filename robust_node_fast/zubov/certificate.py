@@ -50,31 +50,45 @@ def margin_radius(net: ZubovNet, x: Tensor, y: Tensor, *, p: str = "inf", batch_
 
     Source: arXiv 2509.21879 v2 has a certified margin; this bound is ours (module docstring).
     """
-    if not isinstance(net, ZubovNet):
+    # No subclasses: they may compute something else.
+    if type(net) is not ZubovNet:
         raise TypeError(f"net is a {type(net).__name__}, expected a ZubovNet")
+    if type(net.lyapunov) is not ConvexLyapunov:
+        raise TypeError(f"net.lyapunov is a {type(net.lyapunov).__name__}, expected a ConvexLyapunov")
     _checks.choice("p", p, _checks.DUALS)
     _checks.count("batch_size", batch_size)
     net = _network.in_float64(net)  # type: ignore[assignment]
     _check_samples(net, x, y)
+    _network.same_function(net.backbone, _network.flattened(net.backbone), x)
     constant = lipschitz_constant(net, p)
     found = [torch.zeros(0, dtype=torch.float64, device=x.device)]
     for part, labels in zip(torch.split(x, batch_size), torch.split(y, batch_size), strict=True):
-        state = net.dynamics(net.features(part.double())).flatten(1)
-        radius = _state_radius(net.lyapunov, state, labels.long(), p)
+        state, largest = part.double(), torch.ones(len(part), 1, dtype=torch.float64, device=part.device)
+        for layer in (*_network.flattened(net.backbone), net.dynamics):
+            largest = torch.maximum(largest, _network.largest_in(layer, state))
+            state = layer(state)
+        radius = _state_radius(net.lyapunov, state.flatten(1), labels.long(), p, largest)
         found.append(torch.where(radius > 0, radius / constant * (1.0 - _network.ROUNDING), 0.0))
     return torch.cat(found)
 
 
 def margin_certified(net: nn.Module, x: Tensor, y: Tensor, eps: float) -> Tensor:
-    """``margin_radius(net, x, y) > eps``, ``(B,)`` bool: no l_inf perturbation of that size changes the label."""
+    """``margin_radius(net, x, y) > eps``, ``(B,)`` bool: no l_inf perturbation of that size changes the label.
+
+    Raises:
+        TypeError, ValueError: as ``margin_radius``; a negative ``eps``.
+    """
+    _checks.number("eps", eps)
+    if eps < 0:
+        raise ValueError(f"eps={eps!r} is negative, expected a radius")
     return margin_radius(net, x, y) > eps  # type: ignore[arg-type]
 
 
 def lipschitz_constant(net: ZubovNet, p: str) -> float:
     """Of ``x(T)`` as a function of the input, in the p-norm; ``net`` in float64."""
     constant = 1.0
-    for layer in (*_network._flattened(net.backbone), net.dynamics):
-        bounds = _dense_bounds(layer) if isinstance(layer, DenseFlow) else lipschitz._bound(layer)
+    for layer in (*_network.flattened(net.backbone), net.dynamics):
+        bounds = _dense_bounds(layer) if type(layer) is DenseFlow else lipschitz._bound(layer)
         for bound in bounds:
             constant *= bound.of(p)
     return constant
@@ -90,12 +104,12 @@ def _dense_bounds(flow: DenseFlow) -> list[lipschitz.LayerBound]:
     return bounds * (flow.n_steps // len(bounds))
 
 
-def _state_radius(lyapunov: ConvexLyapunov, state: Tensor, y: Tensor, p: str) -> Tensor:
-    """The same for the last state: how far it can move, ``(B,)``."""
+def _state_radius(lyapunov: ConvexLyapunov, state: Tensor, y: Tensor, p: str, largest: Tensor) -> Tensor:
+    """The same for the last state: how far it can move, ``(B,)``; ``largest`` ``(B, 1)`` of the numbers before it."""
     coefficients = lyapunov.coefficients()
     offset = lyapunov.offsets(state)
     value = lyapunov.values(coefficients, offset).T
-    margin = value - value.gather(1, y[:, None]) - _network.ROUNDING * (1.0 + value.abs().amax(1, keepdim=True))
+    margin = value - value.gather(1, y[:, None]) - _network.ROUNDING * (largest + value.abs().amax(1, keepdim=True))
     margin = margin.scatter(1, y[:, None], torch.inf)
 
     def reach(rho: Tensor) -> Tensor:

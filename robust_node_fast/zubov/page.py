@@ -23,7 +23,7 @@ COLUMNS = (
     ("PGD 0.1", "pgd", 0.1),
     ("margin PGD 0.1", "margin", 0.1),
     ("bare backbone 0.1", "pgd on bare backbone", 0.1),
-    ("worst case 0.1", "worst case", 0.1),
+    ("worst of FGSM, PGD, transfer 0.1", "worst case", 0.1),
     ("certified 0.05", "certified", 0.05),
 )
 
