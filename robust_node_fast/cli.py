@@ -536,7 +536,7 @@ def cnode(
 def cifar(
     *,
     seeds: Annotated[int, typer.Option(min=1, help="Number of training seeds.")] = 1,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the training set.", show_default="15")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training set.", show_default="40")] = None,
     train_samples: Annotated[int | None, typer.Option(help="First training images.", show_default="all")] = None,
     attack_samples: Annotated[
         int, typer.Option(min=1, help="First test images, for attacks and certificates only.")

@@ -85,10 +85,13 @@ def in_float64(model: nn.Module) -> nn.Module:
         if value.is_floating_point() and not value.isfinite().all():
             raise ValueError(f"model's {name} is not finite, expected finite weights")
     found = copy.deepcopy(model)
-    for module in found.modules():
+    for module in list(found.modules()):
         if parametrize.is_parametrized(module):
-            for name in list(module.parametrizations):  # type: ignore[arg-type]
-                parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+            # Not by remove_parametrizations: it changes the class, which is the user's model's too.
+            parametrized = module._modules.pop("parametrizations")
+            module.__class__ = type(module).__bases__[0]
+            for name, each in parametrized.named_children():  # type: ignore[union-attr]
+                module.register_parameter(name, nn.Parameter(each().detach()))
     return found.double().requires_grad_(False)
 
 
