@@ -227,9 +227,18 @@ def train(
 
 def _load_data(config: TrainConfig) -> data.Dataset:
     found: list[data.Dataset] = []
-    # Rank 0 before the others: what is missing is downloaded once.
-    distributed.on_rank_0(lambda: found.append(data.load(config.dataset, config.data_root)))
-    return found[0] if found else data.load(config.dataset, config.data_root)
+
+    def load() -> None:
+        found.append(data.load(config.dataset, config.data_root))
+
+    # Rank 0 before the others, and on other machines their first: what is missing is downloaded once.
+    distributed.on_rank_0(load)
+    if not found and distributed.local_rank() == 0:
+        load()
+    distributed.wait_for_all()
+    if not found:
+        load()
+    return found[0]
 
 
 def _prepare(config: TrainConfig, folder: Path) -> None:

@@ -44,7 +44,7 @@ def step(model: nn.Module, flow: rnf.models.MNISTNode, images: Tensor, labels: T
 def distribute(model: rnf.models.MNISTNode, kind: str) -> nn.Module:
     if kind == "DDP":
         return DistributedDataParallel(model)
-    return shard(model)
+    return shard(model, "cpu")
 
 
 def worker(rank: int, port: int, folder: str, kind: str) -> None:

@@ -463,6 +463,45 @@ def test_processes_that_do_not_find_each_other(monkeypatch: pytest.MonkeyPatch) 
         pass
 
 
+def test_cards_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with (
+        pytest.raises(training.RunError, match="LOCAL_RANK is not set, all processes would use the same card"),
+        distributed.process_group("cuda", 1),
+    ):
+        pass
+    monkeypatch.setenv("LOCAL_RANK", "99")
+    with (
+        pytest.raises(training.RunError, match=r"^card 99 cannot be used \([^\n]*\)$"),
+        distributed.process_group("cuda", 1),
+    ):
+        pass
+
+
+def test_a_gradient_that_is_not_averaged_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``collect_all`` itself says nothing of what became of the futures."""
+
+    class Work:
+        def get_future(self) -> torch.futures.Future[Any]:
+            found: torch.futures.Future[Any] = torch.futures.Future()
+            found.set_exception(RuntimeError("lost"))
+            return found
+
+    class Bucket:
+        def gradients(self) -> list[torch.Tensor]:
+            return [torch.ones(2)]
+
+        def buffer(self) -> torch.Tensor:
+            return torch.ones(2)
+
+    monkeypatch.setattr(dist, "all_reduce", lambda *_, **__: Work())
+    monkeypatch.setattr(distributed, "world_size", lambda: 1)
+    with pytest.raises(RuntimeError, match="lost"):
+        distributed._average_each(Bucket()).wait()
+
+
 # --- batch normalisation -----------------------------------------------------------------------------------------
 
 

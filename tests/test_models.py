@@ -221,6 +221,8 @@ def test_penalty_of_a_model_is_the_sum_by_hand(name: str, norm: str) -> None:
     for reduction, expected in (("sum", channels.sum()), ("mean", channels.mean()), ("none", channels)):
         found = model.contraction_penalty(rate=9.0, norm=norm, reduction=reduction)
         assert_close(found, expected, 1e-12)
+    with pytest.raises(ValueError, match="reduction='summ' is unknown"):
+        model.contraction_penalty(rate=9.0, norm=norm, reduction="summ")
     rates = torch.stack([rnf.reference.contraction_rate(c.weight, norm=norm) for c in convs])
     assert_close(model.contraction_rate(norm=norm), rates, 1e-12)
     # Its gradient reaches every Euler step and nothing else.

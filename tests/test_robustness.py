@@ -980,6 +980,14 @@ def test_models_that_cannot_be_evaluated(trained: nn.Module, digits: data.Datase
     pair = (digits.test_images[:4], digits.test_labels[:4])
     with pytest.raises(ValueError, match=r"model is in training mode, expected model.eval\(\)"):
         robustness.evaluate(models.MNISTNode(image_size=8), pair)
+    partly = nn.Sequential(trained, nn.Dropout(0.5)).eval()
+    partly[1].train()
+    with pytest.raises(ValueError, match="model is in training mode"):
+        robustness.evaluate(partly, pair)
+    with pytest.raises(ValueError, match="batch_size=0 is too small"):
+        robustness.evaluate(trained, pair, batch_size=0)
+    as_loaders_give_it = robustness.evaluate(trained, list(pair), suite="quick")  # type: ignore[arg-type]
+    assert as_loaders_give_it.n_samples == 4
     with pytest.raises(ValueError, match=r"model has values that are not finite in flow.bias"):
         robustness.evaluate(with_nan(trained), pair)
     with pytest.raises(TypeError, match=r"data's labels are torch.float32, expected an int64 tensor"):

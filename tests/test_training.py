@@ -623,6 +623,7 @@ def test_certified_training_pays(tmp_path: Path) -> None:
         ({"rate": 0.0}, "rate=0.0 is out of range"),
         ({"grad_clip": -0.5}, "grad_clip=-0.5 is out of range, expected a number >= 0"),
         ({"epochs": 0}, "epochs=0 is too small, expected at least 1"),
+        ({"seed": 2**32}, "seed=4294967296 is too large"),
         ({"n_steps": 0}, "n_steps=0 is too small"),
         ({"train_samples": 0}, "train_samples=0 is too small"),
         ({"init": "zero"}, "init='zero' is unknown, expected one of 'centered', 'default', 'identity', 'authors'"),

@@ -290,8 +290,17 @@ def test_reproduce_in_portions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert run.invoke(cli.app, [*command, "--max-cells", "1"]).exit_code == 0
     assert len(list(out.glob("plane/*.json"))) == 2
     assert first.read_bytes() == before
-    first.write_bytes(before[:-20])
-    with pytest.warns(UserWarning, match="computed again"):
+    for altered, why in (
+        (before[:-20], "is truncated or was altered"),
+        (before.replace(b'"threads": ', b'"threads": 1'), "was altered: its content does not match its SHA-256"),
+    ):
+        assert altered != before
+        first.write_bytes(altered)
+        with pytest.warns(UserWarning, match=f"{why}.*: this cell is computed again"):
+            assert experiments.read(experiments.cells(only=["plane/blobs"], steps=2)[0], out) is None
+    first.write_bytes(before)
+    monkeypatch.setattr(experiments, "PROTOCOL", 99)
+    with pytest.warns(UserWarning, match="is of protocol 1, this is 99: this cell is computed again"):
         assert experiments.read(experiments.cells(only=["plane/blobs"], steps=2)[0], out) is None
 
 
@@ -314,7 +323,9 @@ def test_image_cell_end_to_end(tmp_path: Path) -> None:
     (cell,) = experiments.cells(seeds=1, only=["digits/zubov"], steps=3)
     cell = dataclasses.replace(cell, attacked=8)
     found = experiments.compute(cell, tmp_path, tmp_path, on_progress=lambda _: None)
-    assert json.loads(experiments.path_of(cell, tmp_path).read_text()) == json.loads(json.dumps(found))
+    written = json.loads(experiments.path_of(cell, tmp_path).read_text())
+    del written["sha256"]
+    assert written == json.loads(json.dumps(found))
     assert experiments.read(cell, tmp_path) is not None
     checks = {check["name"]: check["passed"] for check in found["report"]["checks"]}
     assert any("certified" in name for name in checks)

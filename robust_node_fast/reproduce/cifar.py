@@ -38,12 +38,13 @@ def cifar_markdown(cells: Sequence[Cell], results: Mapping[str, CellResult], pic
 
 def _lines(cells: Sequence[Cell], rows: Rows, picture: str) -> Iterator[str]:
     config = cells[0].config
+    schedule = "along half a cosine" if config.schedule == "cosine" else f"times {config.lr_decay:g} an epoch"
     samples = cells[0].attack_samples
     yield from ("# CIFAR-10", "", "Written by `rnf reproduce cifar`.", "")
     yield (
         f"The staged network (`StagedCIFARNode`) on the 50,000 training images: {config.epochs} epochs of batches of "
         f"{config.batch_size}, `--recipe large-batch` but for batch, learning rate ({config.lr:g} for "
-        f"{config.lr_batch_size} images, times {config.lr_decay:g} an epoch) and warm-up; contractive: penalty at rate "
+        f"{config.lr_batch_size} images, {schedule}) and warm-up; contractive: penalty at rate "
         f"{config.rate:g}. Accuracy in % on the 10,000 test images; attacks "
         f"{f'on the first {samples} of them' if samples else 'on all of them'}, by l_inf radius; PGD has 40 steps; "
         "transfer: PGD on the other network; certified: bound E."

@@ -152,7 +152,8 @@ def evaluate(
         TypeError, ValueError: ``model`` or a source is in training mode or has weights that are not finite; ``data`` is
             empty, its images and labels do not fit, are not finite or out of [0, 1], or a label is no class of the
             model; a radius is negative; ``seeds`` is empty; ``transfer_eps`` names another radius than ``eps``;
-            ``attack_samples`` is less than 1; unknown ``suite``; logits are not finite; ``checkpoint`` without a pair.
+            ``attack_samples`` or ``batch_size`` is less than 1; unknown ``suite``; logits are not finite;
+            ``checkpoint`` without a pair.
         OSError: ``checkpoint`` cannot be written.
     """
     _checks.choice("suite", suite, tuple(SUITES))
@@ -165,6 +166,7 @@ def evaluate(
         raise ValueError("eps is empty, expected at least one radius")
     if not seeds:
         raise ValueError("seeds is empty, expected at least one seed")
+    check_count("batch_size", batch_size)
     if attack_samples is not None:
         check_count("attack_samples", attack_samples)
     transfer_radii = radii["inf"] if transfer_eps is None else _radii("transfer_eps", transfer_eps)
@@ -301,7 +303,7 @@ def _digest(settings: Sequence[object], networks: Mapping[str, nn.Module], data:
 
 
 def _is_pair(data: Batch | Iterable[Batch]) -> TypeGuard[Batch]:
-    return isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Tensor)
+    return isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(each, Tensor) for each in data)
 
 
 @torch.no_grad()

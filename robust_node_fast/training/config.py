@@ -32,6 +32,7 @@ _CONVOLUTIONAL_ONLY = {
     "compile": False,
 }
 _CHANGE_NO_NUMBER = ("data_root", "checkpoint_every")
+_SEEDS = 2**32  # times the numbers of steps and processes they are to fit 64 bits
 _WARMUP_START = 0.01  # of the learning rate
 
 
@@ -218,6 +219,8 @@ class TrainConfig:
                 raise TypeError(f"{name}={value!r} is a {type(value).__name__}, expected an int")
             if value < least:
                 raise ValueError(f"{name}={value!r} is too small, expected at least {least}")
+        if self.seed >= _SEEDS:
+            raise ValueError(f"seed={self.seed!r} is too large, expected less than 2^32")
         if any(not isinstance(epoch, int) or epoch < 1 for epoch in self.milestones):
             raise ValueError(f"milestones={self.milestones!r} is not a list of epochs, expected ints of at least 1")
         for name in ("lr", "lr_decay", "rate"):

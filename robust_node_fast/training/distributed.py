@@ -24,12 +24,14 @@ __all__ = [
     "gradients_averaged",
     "is_parallel",
     "largest",
+    "local_rank",
     "on_rank_0",
     "parallel",
     "process_group",
     "rank",
     "share",
     "total",
+    "wait_for_all",
     "world_size",
 ]
 
@@ -41,6 +43,11 @@ def is_parallel() -> bool:
 
 def rank() -> int:
     return dist.get_rank() if is_parallel() else 0
+
+
+def local_rank() -> int:
+    """Among the processes of this machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def world_size() -> int:
@@ -65,7 +72,7 @@ def process_group(device: str, timeout: float) -> Iterator[None]:
     if cuda and torch.device(device).index is not None:
         raise RunError(f"device {device!r} is one card for all processes: choose --device cuda, a card for each")
     if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        _take_card()
     try:
         _init("nccl" if cuda else "gloo", timedelta(seconds=timeout))
     except (RuntimeError, ValueError) as error:  # ValueError: incomplete environment
@@ -73,6 +80,16 @@ def process_group(device: str, timeout: float) -> Iterator[None]:
     with collectives():
         yield
     dist.destroy_process_group()  # not after a failure: it would wait for processes that may be gone
+
+
+def _take_card() -> None:
+    if "LOCAL_RANK" not in os.environ and os.environ["WORLD_SIZE"] != "1":
+        raise RunError("LOCAL_RANK is not set, all processes would use the same card: start them with torchrun")
+    card = local_rank()
+    try:
+        torch.cuda.set_device(card)
+    except (AssertionError, RuntimeError) as error:  # AssertionError: PyTorch built without CUDA
+        raise RunError(f"card {card} cannot be used ({_reason(error)})") from error
 
 
 def _init(backend: str, timeout: timedelta) -> None:
@@ -131,7 +148,13 @@ def _average_each(bucket: Any) -> torch.futures.Future[Tensor]:
     """
     works = [dist.all_reduce(gradient.div_(world_size()), async_op=True) for gradient in bucket.gradients()]
     done = torch.futures.collect_all([work.get_future() for work in works])
-    return done.then(lambda _: bucket.buffer())
+
+    def finish(all_done: torch.futures.Future[list[torch.futures.Future[Any]]]) -> Tensor:
+        for each in all_done.wait():
+            each.wait()  # for a failure to be one; and with NCCL, whose futures are done before the work is
+        return bucket.buffer()
+
+    return done.then(finish)
 
 
 def gradients_averaged(module: nn.Module, now: bool) -> AbstractContextManager[object]:
@@ -161,6 +184,11 @@ def largest(value: int, device: str) -> int:
     found = torch.tensor([value], device=device)
     dist.all_reduce(found, dist.ReduceOp.MAX)
     return int(found)
+
+
+def wait_for_all() -> None:
+    if is_parallel():
+        dist.barrier()
 
 
 def on_rank_0(action: Callable[[], object]) -> None:

@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, TypeGuard
 
+import torch
 from torch import Tensor, nn
 
 from robust_node_fast.nn import EulerConvFlow
-from robust_node_fast.training.distributed import is_parallel
+from robust_node_fast.training.distributed import is_parallel, world_size
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -19,16 +20,18 @@ if TYPE_CHECKING:
 __all__ = ["gathered", "local", "part_like", "parts_of", "shard", "whole"]
 
 
-def shard(module: nn.Module) -> nn.Module:
-    """Leave every process a part of each parameter, of its gradient and of its optimizer's state; in place.
+def shard(module: nn.Module, device: str) -> nn.Module:
+    """Leave every process a part of each parameter on this device, of its gradient and its optimizer's state; in place.
 
     The parts come together for each step, those of a flow when the step reaches it, and stay together until backward is
     through with them: penalties read the filters behind the forward pass. Gradients are averaged.
     """
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    mesh = init_device_mesh(torch.device(device).type, (world_size(),))
     for part in (*(child for child in module.modules() if isinstance(child, EulerConvFlow)), module):
-        fully_shard(part, reshard_after_forward=False)
+        fully_shard(part, mesh=mesh, reshard_after_forward=False)
     return module
 
 

@@ -145,9 +145,9 @@ class _Trainer:
             self.objective.compile(dynamic=False)
         self.sharded = config.shard and distributed.world_size() > 1
         if self.sharded:
-            self.parallel = sharding.shard(self.objective)
+            self.parallel = sharding.shard(self.objective, config.device)
             if self.averaged is not None:  # only for its parameters to be parts too
-                sharding.shard(self.averaged)
+                sharding.shard(self.averaged, config.device)
         else:
             self.parallel = distributed.parallel(self.objective, reaches_all=self.objective.reaches_all)
         self.optimizer = _optimizer(config, self.model)

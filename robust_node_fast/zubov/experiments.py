@@ -20,12 +20,13 @@ from robust_node_fast import data, robustness, training
 from robust_node_fast._machine import machine
 from robust_node_fast._version import __version__
 from robust_node_fast.training import CheckpointError, Outcome, Refused, TrainConfig, writing
-from robust_node_fast.training.checkpoint import replace_file
+from robust_node_fast.training.checkpoint import digest, replace_file
 from robust_node_fast.zubov import contenders, picture, planar
 from robust_node_fast.zubov.network import ZubovNet
 
 __all__ = ["PARTS", "Images", "Plane", "cells", "compute", "path_of", "read"]
 
+PROTOCOL = 1  # raised by every change of what a cell's numbers mean
 PARTS = ("plane", "digits", "mnist", "fashionmnist")
 OnProgress = Callable[[str], None]
 EPS = (0.05, 0.1, 0.2)
@@ -155,9 +156,14 @@ def read(cell: Cell, folder: Path) -> dict[str, Any] | None:
     path = path_of(cell, folder)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        if content["settings"] == json.loads(json.dumps(cell.settings)):
+        if content.pop("sha256") != _digest(content):
+            reason = "was altered: its content does not match its SHA-256"
+        elif content["protocol"] != PROTOCOL:
+            reason = f"is of protocol {content['protocol']}, this is {PROTOCOL}"
+        elif content["settings"] != json.loads(json.dumps(cell.settings)):
+            reason = "has other settings than its name stands for"
+        else:
             return content
-        reason = "has other settings than its name stands for"
     except FileNotFoundError:
         return None
     except (KeyError, OSError, TypeError, ValueError) as error:
@@ -193,6 +199,7 @@ def compute(
     else:
         found = _images(cell, run, dataset, on_progress)
     content = {
+        "protocol": PROTOCOL,
         "command": f"rnf reproduce zubov --only '{cell.part}/{cell.row}' --seeds {cell.config.seed + 1}",
         "settings": cell.settings,
         "versions": {"robust_node_fast": __version__, "torch": torch.__version__, "python": platform.python_version()},
@@ -202,8 +209,12 @@ def compute(
         **found,
     }
     with writing(folder):
-        replace_file(path, json.dumps(content, indent=1).encode())
+        replace_file(path, json.dumps({"sha256": _digest(content), **content}, indent=1).encode())
     return content
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return digest({}, json.dumps(content, sort_keys=True))
 
 
 def _label(cell: Cell) -> str:
