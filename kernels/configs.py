@@ -9,6 +9,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any, NamedTuple
 
+import torch
 import triton
 
 from robust_node_fast.kernels import euler_conv
@@ -112,15 +113,20 @@ def serving(kernel: str, products: str, channels: int) -> list[Blocks]:
 
 
 @cache
-def tuned(kernel: str, products: str, channels: int) -> Any:
-    """The kernel with the configurations for so many channels, of which the first call takes the fastest.
+def tuned(
+    kernel: str, products: str, channels: int, device: torch.device, *, with_bias: bool, deterministic: bool
+) -> Any:
+    """The kernel with the configurations for so many channels, of which the first call on a device takes the fastest.
 
-    Not ``prune_configs_by``: under torch.compile it loses ``reset_to_zero``, without which the runs of the tuner would
-    add up in an atomic weight gradient.
+    Deterministic: the first one, as timing is not, and another one adds in another order.
+
+    The runs of the tuner would add up in an atomic weight gradient: what is there before is put back. Not by
+    ``reset_to_zero``: shared filters' gradients may be tuned for in the middle of their sum. Only of tensors that are
+    there: the tuner asks None for a copy. Not ``prune_configs_by``: under torch.compile it loses the former.
     """
     configurations = [
         triton.Config(constants(kernel, blocks), num_warps=blocks.warps, num_stages=blocks.stages)
-        for blocks in serving(kernel, products, channels)
+        for blocks in serving(kernel, products, channels)[: 1 if deterministic else None]
     ]
-    reset = ["grad_weight", "grad_bias"] if kernel == "weight_gradient" else None
-    return triton.autotune(configurations, key=["C", "KERNEL"], reset_to_zero=reset)(getattr(euler_conv, kernel))
+    sums = ["grad_weight", *(["grad_bias"] if with_bias else [])] if kernel == "weight_gradient" else None
+    return triton.autotune(configurations, key=["C", "KERNEL"], restore_value=sums)(getattr(euler_conv, kernel))

@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import os
 import platform
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -33,7 +34,7 @@ class Call(NamedTuple):  # looked up at every call
     device: str
     dtype: torch.dtype
     kernel_size: int | None  # None for element-wise ops
-    sizes: tuple[int, ...] = ()  # number of the device, then the tensor's but its first; where a back end asks for it
+    sizes: tuple[int, ...] = ()  # number of the device, then a flow's C, H, W; where a back end asks for them
 
 
 @dataclass
@@ -125,7 +126,7 @@ def register_reference(op: str, implementation: Callable[..., Any]) -> None:
 
 def implementation(op: str, tensor: Tensor, kernel_size: int | None) -> Callable[..., Any]:
     """The callable that runs ``op`` for tensors like this one."""
-    key = (op, tensor.device.type, tensor.dtype, kernel_size, _sizes(tensor))  # equals the Call, and is made faster
+    key = (op, tensor.device.type, tensor.dtype, kernel_size, _sizes(op, tensor))  # equals the Call, and is made faster
     try:
         return _resolved[key]
     except KeyError:
@@ -146,14 +147,15 @@ def is_traceable(op: str, tensor: Tensor, kernel_size: int | torch.SymInt | None
     if tensor.device.type not in _BACKENDS["triton"].devices:  # and a symbolic size stays so
         return False
     size = None if kernel_size is None else int(kernel_size)
-    return _resolve(Call(op, tensor.device.type, tensor.dtype, size, _sizes(tensor)))[0] == "triton"
+    return _resolve(Call(op, tensor.device.type, tensor.dtype, size, _sizes(op, tensor)))[0] == "triton"
 
 
-def _sizes(tensor: Tensor) -> tuple[int, ...]:
+def _sizes(op: str, tensor: Tensor) -> tuple[int, ...]:
     """Part of a call only where a back end serves the device for which they count."""
     if tensor.device.type not in _SIZES_COUNT or not torch.cuda.is_available():
         return ()
-    return tensor.device.index or 0, *(int(size) for size in tensor.shape[1:])
+    state = tensor.shape[1:] if op.startswith("euler") else ()  # others would be chosen anew for every shape
+    return tensor.device.index or 0, *map(int, state)
 
 
 def _resolve(call: Call) -> tuple[str, dict[str, str]]:
@@ -215,6 +217,8 @@ def set_backend(name: str) -> None:
         raise RuntimeError(f"backend {name!r} cannot be used: {reason}")
     _chosen = name
     _resolved.clear()
+    if torch.cuda.is_available() and "torch._dynamo" in sys.modules:
+        torch.compiler.reset()  # compiled programs hold the launches of the back end that was chosen then
 
 
 def backend_info() -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -36,16 +37,18 @@ def missing() -> str | None:
 
 
 def refuses(op: str, dtype: torch.dtype, sizes: Sequence[int], kernel_size: int) -> str | None:
-    """Why ``op`` cannot run for these sizes, the device's number first and then ``C, H, W``; or ``None``.
+    """Why ``op`` cannot run for these sizes, the device's number first and then a flow's ``C, H, W``; or ``None``.
 
-    A flow must fit a block's shared memory; any filters fit the penalties. Without sizes: small ones.
+    A flow must fit a block's shared memory; any filters fit the penalties. Without sizes: small ones, on any device.
     """
     if not torch.cuda.is_available():
         return "finds no CUDA device"
-    if op.startswith("contraction"):
-        return None
     device, *state = sizes or (None, 1, 1, 1)
     native = _library()
+    if device is not None and (reason := _unusable(device)) is not None:
+        return reason
+    if op.startswith("contraction"):
+        return None
     needed = native.flow_shared_bytes(DTYPES.index(dtype), [1, *state, kernel_size, 1])
     if needed == 0:
         most = "up to 32 channels, in 16 bits with k = 3"
@@ -54,6 +57,19 @@ def refuses(op: str, dtype: torch.dtype, sizes: Sequence[int], kernel_size: int)
         return None
     limit = native.shared_memory_limit(device)
     return None if needed <= limit else f"needs {needed} bytes of shared memory for {tuple(state)}, {limit} there are"
+
+
+@cache
+def _unusable(device: int) -> str | None:
+    """Why the library cannot run on a device that PyTorch can use, or ``None``."""
+    native = _library()
+    try:
+        native.shared_memory_limit(device)
+    except RuntimeError as error:  # the driver may be older than the toolkit of this build
+        return f"cannot use device {device} ({str(error).splitlines()[0]})"
+    major, minor = torch.cuda.get_device_capability(device)
+    least = min(int(name.removeprefix("sm_")) for name in native.build_info()["architectures"])
+    return None if 10 * major + minor >= least else f"has code from sm_{least} on, the device is sm_{major}{minor}"
 
 
 def _library() -> ModuleType:

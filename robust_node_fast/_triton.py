@@ -63,7 +63,11 @@ def _launch_convolution(name: str, grid: Grid, input: Tensor, *args: Any, kernel
         kernel = getattr(euler_conv, name)
         constants |= configs.constants(name, configs.INTERPRETED)
     else:
-        kernel = configs.tuned(name, products, int(input.shape[1]))
+        kernel = configs.tuned(
+            *(name, products, int(input.shape[1]), input.device),
+            with_bias=name == "weight_gradient" and args[2] is not None,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+        )
     _launch(kernel, grid, input, *args, **constants)
 
 

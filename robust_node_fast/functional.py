@@ -97,8 +97,9 @@ def euler_conv_flow(
     """``for k in range(N): input = euler_conv_step(input, weight[k], bias[k], ...)`` in one fused call.
 
     The gradients are the exact gradients of the discrete network (no adjoint ODE). By default only ``input``,
-    ``weight`` and ``bias`` are saved for backward, however many steps there are, and states are recomputed in cache;
-    of a single step, its slopes ``(B, C, H, W)`` are saved too.
+    ``weight`` and ``bias`` are saved for backward, however many steps there are, and states are recomputed in cache (by
+    the Triton kernels in device memory, those of all steps at once); of a single step, its slopes ``(B, C, H, W)`` are
+    saved too.
 
     Args:
         input: ``(B, C, H, W)``, contiguous or channels_last (kept in the result); other strides give a contiguous one.
@@ -160,6 +161,7 @@ def _check_radius(input: Tensor, radius: Tensor) -> None:
         raise ValueError(f"radius has shape {tuple(radius.shape)}, expected {tuple(input.shape)} as input")
     _checks.same_kind("radius", radius, input)
     seen = not torch.compiler.is_compiling() and not _transformed()  # else there is no value to look at
+    seen = seen and not (input.is_cuda and torch.cuda.is_current_stream_capturing())  # nor one that could be waited for
     if seen and radius.numel() and bool(radius.amin() < 0):
         raise ValueError("radius has negative numbers, expected a radius >= 0")
 
@@ -298,7 +300,7 @@ def contraction_penalty(
     _checks.choice("reduction", reduction, _checks.REDUCTIONS)
     if isinstance(weight, Tensor):
         _checks.filters(weight, (4, 5))
-        if _transformed():
+        if _transformed() or not weight.numel():  # no filters at all: no kernel is launched for them
             return reference.contraction_penalty(weight, rate=rate, slope=slope, norm=norm, reduction=reduction)
         return _ops.contraction_penalty(weight, rate, slope[0], slope[1], norm, reduction)
     if not isinstance(weight, Sequence):

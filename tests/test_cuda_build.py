@@ -125,6 +125,43 @@ def test_a_build_without_nvcc_says_so_or_fails(setting: str, hidden: bool, line:
     assert (done.returncode != 0) == (setting == "1")
 
 
+def a_card(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 0)) -> SimpleNamespace:
+    """What the back end asks the library and PyTorch about a card."""
+    info = {"architectures": ["sm_80", "sm_90", "sm_100"]}
+    card = SimpleNamespace(shared_memory_limit=lambda device: 166_912, build_info=lambda: info)
+    card.flow_shared_bytes = lambda *_: 1
+    _cuda._unusable.cache_clear()
+    monkeypatch.setattr(_cuda, "_native", card)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    return card
+
+
+def test_a_card_that_the_library_has_no_code_for_or_cannot_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton may know it, and PyTorch's driver be older than the toolkit of this build."""
+
+    def choice(op: str) -> tuple[str, str]:
+        sizes = (0, 8, 28, 28) if op.startswith("euler") else (0,)
+        name, why_not = _backends._resolve(_backends.Call(op, "cuda", torch.float32, 3, sizes))
+        return name, why_not.get("cuda", "")
+
+    pytest.importorskip("triton")
+    for op in ("euler_conv_flow", "contraction_penalty"):
+        a_card(monkeypatch, (7, 5))
+        assert choice(op) == ("triton", "has code from sm_80 on, the device is sm_75")
+        card = a_card(monkeypatch)
+        assert choice(op) == ("cuda", "")
+
+        def refuse(device: int) -> int:
+            raise RuntimeError("robust_node_fast: CUDA driver version is insufficient\nand more")
+
+        _cuda._unusable.cache_clear()
+        card.shared_memory_limit = refuse
+        expected = "cannot use device 0 (robust_node_fast: CUDA driver version is insufficient)"
+        assert choice(op) == ("triton", expected)
+    _cuda._unusable.cache_clear()
+
+
 @needs_library
 @pytest.mark.parametrize(
     ("op", "sizes", "dtype", "kernel_size", "expected"),
@@ -155,9 +192,8 @@ def test_who_runs_on_a_device_with_the_shared_memory_of_an_a100(
 ) -> None:
     pytest.importorskip("triton")
     bytes_of = importlib.import_module("robust_node_fast._cuda_C").flow_shared_bytes
-    card = SimpleNamespace(flow_shared_bytes=bytes_of, shared_memory_limit=lambda device: 166_912)
-    monkeypatch.setattr(_cuda, "_native", card)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    card = a_card(monkeypatch)
+    monkeypatch.setattr(card, "flow_shared_bytes", bytes_of)
     name, why_not = _backends._resolve(_backends.Call(op, "cuda", dtype, kernel_size, sizes))
     assert name == expected
     assert name not in why_not

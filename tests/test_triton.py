@@ -218,3 +218,23 @@ def test_a_triton_that_cannot_be_imported_is_unavailable() -> None:
     backend = _backends.Backend("triton", ("cuda",), None, module="robust_node_fast.there_is_no_such_module")
     assert "cannot be imported" in (backend.refuses(_backends.Call("penalty", "cuda", torch.float32, 3)) or "")
     assert "cannot be imported" in (backend.useless() or "")
+
+
+def test_what_the_tuner_puts_back_and_when_it_does_not_tune() -> None:
+    from robust_node_fast.kernels import configs
+
+    card = torch.device("cuda:0")
+
+    def tuned(kernel: str, channels: int = 64, **options: Any) -> Any:
+        return configs.tuned(kernel, "16 bit", channels, card, **{"with_bias": True, "deterministic": False, **options})
+
+    assert tuned("weight_gradient").restore_value == ["grad_weight", "grad_bias"]
+    assert tuned("weight_gradient", with_bias=False).restore_value == ["grad_weight"]  # None has no copy
+    assert tuned("gradient_step").restore_value == []
+    for kernel in configs.BLOCKS:
+        assert len(tuned(kernel).configs) > 1
+        (only,) = tuned(kernel, deterministic=True).configs
+        assert only.kwargs == tuned(kernel).configs[0].kwargs
+        assert len(tuned(kernel, channels=16).configs) >= 1
+    other = configs.tuned(*("gradient_step", "16 bit", 64, torch.device("cuda:1")), with_bias=True, deterministic=False)
+    assert other is not tuned("gradient_step")  # unlike cards share no choice
