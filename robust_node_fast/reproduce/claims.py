@@ -27,6 +27,7 @@ COMPARED = (
     ("penalty alone", "grid/default/2", "grid/default/none"),
 )
 RULES = (
+    "Networks are named START/PENALTY: the start of the filters, and the norm of the penalty in training. "
     f"Clean accuracy holds if it is no more than {CLOSE:g} points lower. A gain holds if it falls no more than "
     f"{CLOSE:g} points short of the claimed one, and in part if it is at least {CLOSE:g} points; of several tests the "
     "one with the largest gain counts. Attacks found on the vanilla network of the same start do not break a network "
@@ -74,7 +75,7 @@ def verdicts(rows: Rows, dataset: str) -> Iterator[Verdict]:
             yield _largest_gain(
                 rows, "94% against 65% at Gaussian sigma 0.1", names, contractive, vanilla, NOISES[:1], 29.0
             )
-        yield _transfer(rows, names, contractive)
+        yield _transfer(rows, compared, contractive)
     for init in ("default", "identity"):
         yield _insensitive(rows, init)
 
@@ -110,6 +111,8 @@ def _largest_gain(
 
 def _transfer(rows: Rows, compared: str, row: str) -> Verdict:
     claim = "attacks found on the vanilla network do not break it"
+    start = _short(row).split("/")[0]
+    compared = f"{compared}: {_short(row)}, attacked through {start}/none"
     cells = rows.get(row, ())
     if not cells:
         return _missing(claim, compared)
