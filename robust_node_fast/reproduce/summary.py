@@ -83,7 +83,8 @@ def markdown(cells: Sequence[Cell], results: Mapping[str, CellResult]) -> str:
         "Written by `rnf reproduce`; `docs/reproduce.md` says what is compared and how it is measured.",
         "",
         "Accuracy in % on the full test set, mean and standard deviation over training seeds. Noises by their "
-        "strength, attacks by their l_inf radius; PGD has 40 steps from one start (suite `standard`); transfer: PGD on the network of the same start and "
+        "strength, attacks by their l_inf radius; PGD has 40 steps from one start (suite `standard`); transfer: PGD "
+        "on the network of the same start and "
         "seed on the other side of the penalty; certified: bound E. Rate: the least over the Euler steps that the "
         "filters guarantee, in the norm of the row's penalty; penalty: its value at the rate asked for.",
     ]
@@ -126,8 +127,8 @@ def _dataset(dataset: str, cells: Sequence[Cell], results: Mapping[str, CellResu
             yield from (
                 "",
                 "Differences in points between rows that differ in nothing else, seed by seed: the mean over the other "
-                "setting, in brackets the least and the most. Where the brackets hold both signs, the effect depends on "
-                "the other setting.",
+                "setting, in brackets the least and the most. Where the brackets hold both signs, the effect depends "
+                "on the other setting.",
             )
     if found:
         yield from ("", "### Cost and epochs", "", *_cost(found))
