@@ -134,9 +134,11 @@ def test_the_largest_batch_is_on_the_line_through_the_measured_ones() -> None:
         MemoryRow("n", "p", "measured", batch, resident_mb=100.0, peak_mb=24.0 + 10.0 * batch) for batch in (16, 64)
     ]
     assert throughput.Line.of(rows[:1], "n", "p") is None
-    rows.append(MemoryRow("n", "p", "measured", 390, 4, 100.0, 3000.0))  # the check of a budget is no point of the line
+    rows.append(MemoryRow("n", "p", "computed", 390, 4, 100.0, 3000.0))  # is no point of the line
     line = throughput.Line.of(rows, "n", "p")
     assert line == throughput.Line(124.0, 10.0)
+    rows.append(MemoryRow("n", "p", "measured", 8, resident_mb=90.0, peak_mb=24.0))  # nor is a smaller batch
+    assert throughput.Line.of(rows, "n", "p") == line
     assert line.largest(4) == 397
     assert line.gib(397) <= 4 < line.gib(398)
 

@@ -6,7 +6,6 @@ import copy
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -141,12 +140,10 @@ def same_function(model: nn.Module, layers: Sequence[nn.Module], x: Tensor) -> N
 
 
 def largest_in(layer: nn.Module, z: Tensor) -> Tensor:
-    """Of what enters a layer and of the terms of a linear layer's sums, the largest magnitude: ``(B, 1)``."""
-    size = z.abs().flatten(1)
-    found = size.amax(1, keepdim=True)
-    if isinstance(layer, nn.Linear):
-        found = torch.maximum(found, F.linear(z.abs(), layer.weight.abs()).flatten(1).amax(1, keepdim=True))
-    return found
+    """At least the largest magnitude of what enters a layer, and of what a linear layer adds up: ``(B, 1)`` float64."""
+    low, high = torch.aminmax(z.flatten(1), dim=1, keepdim=True)
+    found = torch.maximum(high, -low).double()
+    return found * layer.weight.abs().sum(1).max().clamp_min(1.0) if isinstance(layer, nn.Linear) else found
 
 
 def margins(logits: Tensor, y: Tensor) -> Tensor:
