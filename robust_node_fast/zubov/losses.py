@@ -45,6 +45,8 @@ def zubov_losses(
 ) -> dict[str, Tensor]:
     """Consistency, classification and separation, each times its weight: the sum of the values is the objective.
 
+    The recipes (docs/training.md) have ``rate=1`` and ``reach=0.25`` in the place of these defaults.
+
     - ``consistency``: mean squares of ``zubov_residual`` of the own class's V, averaged over three kinds of points:
       those of the trajectory, points at a uniform share of the way to the boundary (or a little beyond, see ``reach``),
       and the boundary ``V = 1``; plus
