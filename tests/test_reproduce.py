@@ -668,7 +668,7 @@ def test_the_committed_page_is_what_the_committed_cells_say(tmp_path: Path) -> N
 
 def test_the_committed_page_on_cifar_is_what_the_committed_cells_say() -> None:
     docs = Path(__file__).resolve().parent.parent / "docs"
-    cells = reproduce.cifar_cells(attack_samples=500)
+    cells = reproduce.cifar_cells(attack_samples=1000)
     found = {cell.name: reproduce.read(cell, docs / "results" / "cifar10") for cell in cells}
     results = {name: result for name, result in found.items() if result is not None}
     assert len(results) == len(cells)
