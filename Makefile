@@ -2,7 +2,7 @@
 #   make demo    train, attack and compare the vanilla and the contractive network on handwritten digits
 #   make test    the whole test suite
 #   make bench   every measurement against PyTorch, torchdiffeq, OpenVINO, ONNX Runtime and ncnn: 20 minutes, idle machine
-# and `make throughput` measures training, evaluation and memory of the CIFAR networks, and gloo: 30 minutes, idle machine
+# and `make throughput` measures training, evaluation and memory of the CIFAR networks, and gloo: 45 minutes, idle machine
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin

@@ -1,6 +1,6 @@
 """Images a second of the CIFAR networks: training, evaluation and adversarial training, and the memory of training.
 
-    python -m robust_node_fast.bench.throughput [--minutes 25] [--output bench/results] [--page docs/throughput.md]
+    python -m robust_node_fast.bench.throughput [--minutes 40] [--output bench/results] [--page docs/throughput.md]
 
 writes ``throughput.csv`` and ``throughput_memory.csv``, and their tables into the page. A training step is forward,
 cross-entropy + contraction penalty, backward and SGD with momentum; an adversarial one attacks the batch by PGD first.
@@ -126,8 +126,8 @@ class MemoryRow:
     """Memory of a training step in a fresh process: of a batch, or the batch that fits.
 
     Attributes:
-        status: ``measured``; ``computed``: the largest batch for ``budget_gib`` by the line through two measured ones;
-            or why there is nothing.
+        status: ``measured``; ``computed``: the largest batch for ``budget_gib`` by the line through the two largest
+            measured ones; or why there is nothing.
         resident_mb: of the process before the step: libraries, parameters, images.
         peak_mb: how much the step adds at most.
     """
@@ -420,22 +420,21 @@ def peak(net: Net, way: Way, batch: int) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Line:
-    """Memory of training over the batch: ``fixed + each * batch`` megabytes, through two measured points."""
+    """Memory of training over the batch: ``fixed + each * batch`` megabytes, through two measured points.
+
+    The two largest: what an image takes is not the same for few of them.
+    """
 
     fixed: float
     each: float
 
     @classmethod
     def of(cls, rows: Sequence[MemoryRow], net: str, provider: str) -> Line | None:
-        """Through the two smallest batches, whose rows name no budget."""
-        points = [
-            (row.batch, 1024 * row.gib)
-            for row in rows
-            if (row.net, row.provider, row.status, row.budget_gib) == (net, provider, "measured", None) and row.batch
-        ]
-        if len(points) != 2:
+        """Of one provider, if there are two."""
+        points = sorted((row.batch, 1024 * row.gib) for row in measured(rows, net, provider) if row.batch)
+        if len(points) < 2:
             return None
-        (few, low), (many, high) = sorted(points)
+        (few, low), (many, high) = points[-2:]
         each = (high - low) / (many - few)
         return cls(low - few * each, each)
 
@@ -446,15 +445,19 @@ class Line:
         return int((1024 * gib - self.fixed) / self.each)
 
 
+def measured(rows: Sequence[MemoryRow], net: str, provider: str) -> list[MemoryRow]:
+    return [row for row in rows if (row.net, row.provider, row.status) == (net, provider, "measured")]
+
+
 def memory_rows(
-    nets: Sequence[Net], ways: Sequence[Way], batches: Sequence[int], checked: bool, end: float
+    nets: Sequence[Net], ways: Sequence[Way], batches: Sequence[int], far: bool, end: float
 ) -> list[MemoryRow]:
-    """Measured at two batches, computed for every budget and, if ``checked``, run at what fits the smallest one."""
+    """Measured at two batches and, if ``far``, at what should fit the smallest budget; computed for every budget."""
     rows: list[MemoryRow] = []
 
-    def one(net: Net, way: Way, batch: int, budget: int | None = None) -> None:
+    def one(net: Net, way: Way, batch: int) -> None:
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        row = MemoryRow(net.name, way.name, "measured", batch, budget, machine=machine(), time=now)
+        row = MemoryRow(net.name, way.name, "measured", batch, machine=machine(), time=now)
         try:
             if time.monotonic() > end:
                 row.status = "skipped: the minutes were over"
@@ -470,6 +473,9 @@ def memory_rows(
             for batch in batches:
                 one(net, way, batch)
             line = Line.of(rows, net.name, way.name)
+            if far and not way.compiled and line is not None and line.each > 0:  # compiling once more takes a minute
+                one(net, way, line.largest(BUDGETS[0]))
+                line = Line.of(rows, net.name, way.name)
             if line is None or line.each <= 0:
                 continue
             rows += [
@@ -478,8 +484,6 @@ def memory_rows(
                 )
                 for gib in BUDGETS
             ]
-            if checked and not way.compiled:  # compiling once more takes a minute
-                one(net, way, line.largest(BUDGETS[0]), BUDGETS[0])
     return rows
 
 
@@ -503,7 +507,9 @@ def tables(rows: Sequence[Row], memory_: Sequence[MemoryRow]) -> dict[str, list[
         ours = max(
             (ratio(found[n].best_pytorch_over_this) for n in (OURS, SAVING) if n in found), key=lambda r: float(r or 0)
         )
-        speed.append((net, mode, str(processes), str(batch), *(cell(found[n]) for n in names), ours))
+        rounds = [row.rounds for row in found.values() if row.rounds]
+        turns = f"{min(rounds)}" + (f" to {max(rounds)}" if max(rounds) > min(rounds) else "") if rounds else "-"
+        speed.append((net, mode, str(processes), str(batch), *(cell(found[n]) for n in names), ours, turns))
     reasons: dict[str, list[str]] = {}
     for row in rows:
         if row.status != "ok" and not row.status.startswith("skipped: slower"):
@@ -520,7 +526,7 @@ def tables(rows: Sequence[Row], memory_: Sequence[MemoryRow]) -> dict[str, list[
             line, eager = Line.of(memory_, net, name), largest.get(("eager", BUDGETS[-1]))
             if line is None:
                 continue
-            check = [r for r in memory_ if (r.net, r.provider, r.status) == (net, name, "measured") and r.budget_gib]
+            most = max(measured(memory_, net, name), key=lambda row: row.batch or 0)
             batches = [largest.get((name, gib), 0) for gib in BUDGETS]
             fits.append(
                 (
@@ -529,12 +535,12 @@ def tables(rows: Sequence[Row], memory_: Sequence[MemoryRow]) -> dict[str, list[
                     f"{line.each:.3g}",
                     *map(str, batches),
                     ratio(batches[-1] / eager if eager else None),
-                    f"{check[0].gib:.2f}" if check else "",
+                    f"{most.gib:.2f} GiB, {most.batch} images",
                 )
             )
     first = rows[0]
     return {
-        "speed": table(("network", "mode", "processes", "batch", *names, "best PyTorch / ours"), speed),
+        "speed": table(("network", "mode", "processes", "batch", *names, "best PyTorch / ours", "rounds"), speed),
         "reasons": [f"- {reason}: {'; '.join(where)}" for reason, where in reasons.items()],
         "memory": table(
             (
@@ -543,7 +549,7 @@ def tables(rows: Sequence[Row], memory_: Sequence[MemoryRow]) -> dict[str, list[
                 "MB an image",
                 *(f"{gib} GiB" for gib in BUDGETS),
                 "over eager",
-                f"peak at {BUDGETS[0]} GiB",
+                "largest measured",
             ),
             fits,
         ),
@@ -552,7 +558,7 @@ def tables(rows: Sequence[Row], memory_: Sequence[MemoryRow]) -> dict[str, list[
 
 
 def main(
-    minutes: Annotated[float, typer.Option(help="Time for everything; what is left over is skipped.")] = 25.0,
+    minutes: Annotated[float, typer.Option(help="Time for everything; what is left over is skipped.")] = 40.0,
     output: Annotated[Path, typer.Option(help="Folder of the CSVs.")] = Path("bench/results"),
     page: Annotated[Path | None, typer.Option(help="Page whose tables are replaced.")] = None,
     smoke: Annotated[bool, typer.Option(help="Tiny networks, no compiler: that it runs.")] = False,
@@ -572,7 +578,7 @@ def main(
         torch.set_num_threads(PROCESSES[1])
         for net in nets:
             check(net)
-        taken = memory_rows(nets, ways, memory_batches, checked=not smoke, end=end)
+        taken = memory_rows(nets, ways, memory_batches, far=not smoke, end=end)
         write(taken, output / MEMORY_RESULTS, MemoryRow)
 
         def report(found: list[Row]) -> None:
