@@ -25,6 +25,7 @@ from robust_node_fast.reproduce import cell as cell_module
 from robust_node_fast.reproduce import claims, grid, summary
 from robust_node_fast.robustness import tally
 from robust_node_fast.training import TrainConfig, objective
+from robust_node_fast.training.checkpoint import digest_of_json
 
 TINY = ["--dataset", "digits", "--seeds", "1", "--epochs", "1", "--train-samples", "200", "--attack-samples", "8"]
 ROWS = ("grid/identity/none", "grid/identity/2")  # partners of each other: two networks in all
@@ -334,7 +335,7 @@ def copied(done: Path, folder: Path) -> tuple[reproduce.Cell, Path]:
 
 def signed(content: dict[str, Any]) -> bytes:
     del content["sha256"]
-    return json.dumps({"sha256": cell_module._digest(content), **content}).encode()
+    return json.dumps({"sha256": digest_of_json(content), **content}).encode()
 
 
 HARMS: dict[str, tuple[Callable[[bytes], bytes], str]] = {

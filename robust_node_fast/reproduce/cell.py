@@ -6,7 +6,6 @@ Killed at any moment, it goes on at the last checkpoint of a network in ``networ
 
 from __future__ import annotations
 
-import hashlib
 import json
 import warnings
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from robust_node_fast.data import Dataset
 from robust_node_fast.nn import EulerConvFlow
 from robust_node_fast.reproduce.grid import SUITE, Cell, network_name
 from robust_node_fast.training import CheckpointError, Outcome, RunError, TrainConfig
-from robust_node_fast.training.checkpoint import replace_file
+from robust_node_fast.training.checkpoint import digest_of_json, replace_file
 
 __all__ = ["CellError", "CellResult", "compute", "load", "path_of", "read"]
 
@@ -60,7 +59,7 @@ class CellResult:
             "train_seconds": self.train_seconds,
             "report": json.loads(self.report.to_json()),
         }
-        return json.dumps({"sha256": _digest(content), **content}, indent=1)
+        return json.dumps({"sha256": digest_of_json(content), **content}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> CellResult:
@@ -70,7 +69,7 @@ class CellResult:
             AttributeError, KeyError, TypeError, ValueError: no such content, or not what its SHA-256 belongs to.
         """
         content = json.loads(text)
-        if content.pop("sha256") != _digest(content):
+        if content.pop("sha256") != digest_of_json(content):
             raise ValueError("its content does not match its SHA-256")
         return cls(
             content["version"],
@@ -188,7 +187,3 @@ def _to_attack(run: Path) -> nn.Module:
         if isinstance(module, EulerConvFlow):
             module.recompute = False
     return model
-
-
-def _digest(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

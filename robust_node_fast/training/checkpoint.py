@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
 
-__all__ = ["CheckpointError", "digest", "load", "replace_file", "save"]
+__all__ = ["CheckpointError", "digest", "digest_of_json", "load", "replace_file", "save"]
 
 _KEY = "robust_node_fast"
 
@@ -75,6 +75,11 @@ def replace_file(path: Path, content: bytes) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def digest_of_json(content: Mapping[str, Any]) -> str:
+    """SHA-256 of what a JSON file holds, in whatever order."""
+    return digest({}, json.dumps(content, sort_keys=True))
 
 
 def digest(tensors: Mapping[str, Tensor], text: str) -> str:

@@ -20,7 +20,7 @@ from robust_node_fast import data, robustness, training
 from robust_node_fast._machine import machine
 from robust_node_fast._version import __version__
 from robust_node_fast.training import CheckpointError, Outcome, Refused, TrainConfig, writing
-from robust_node_fast.training.checkpoint import digest, replace_file
+from robust_node_fast.training.checkpoint import digest_of_json, replace_file
 from robust_node_fast.zubov import contenders, picture, planar
 from robust_node_fast.zubov.network import ZubovNet
 
@@ -156,7 +156,7 @@ def read(cell: Cell, folder: Path) -> dict[str, Any] | None:
     path = path_of(cell, folder)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        if content.pop("sha256") != _digest(content):
+        if content.pop("sha256") != digest_of_json(content):
             reason = "was altered: its content does not match its SHA-256"
         elif content["protocol"] != PROTOCOL:
             reason = f"is of protocol {content['protocol']}, this is {PROTOCOL}"
@@ -209,12 +209,8 @@ def compute(
         **found,
     }
     with writing(folder):
-        replace_file(path, json.dumps({"sha256": _digest(content), **content}, indent=1).encode())
+        replace_file(path, json.dumps({"sha256": digest_of_json(content), **content}, indent=1).encode())
     return content
-
-
-def _digest(content: dict[str, Any]) -> str:
-    return digest({}, json.dumps(content, sort_keys=True))
 
 
 def _label(cell: Cell) -> str:
