@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -47,26 +46,23 @@ def distribute(model: rnf.models.MNISTNode, kind: str) -> nn.Module:
     return shard(model, "cpu")
 
 
-def worker(rank: int, port: int, folder: str, kind: str) -> None:
+def worker(rank: int, folder: str, kind: str) -> None:
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group(
-        "gloo",
-        init_method=f"tcp://127.0.0.1:{port}",
-        rank=rank,
-        world_size=WORLD,
-        timeout=timedelta(seconds=TIMEOUT),
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD, timeout=timedelta(seconds=TIMEOUT)
     )
-    try:
-        model, images, labels = model_and_batch()
-        share = slice(4 * rank, 4 * (rank + 1))
-        found = step(distribute(model, kind), model, images[share], labels[share])
-        if kind == "FSDP2":
-            assert found["flow.weight"].to_local().numel() < found["flow.weight"].numel()  # type: ignore[attr-defined]
-            found = {name: tensor.full_tensor() for name, tensor in found.items()}  # type: ignore[attr-defined]
-        torch.save(found, Path(folder) / f"{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+    model, images, labels = model_and_batch()
+    share = slice(4 * rank, 4 * (rank + 1))
+    found = step(distribute(model, kind), model, images[share], labels[share])
+    if kind == "FSDP2":
+        assert found["flow.weight"].to_local().numel() < found["flow.weight"].numel()  # type: ignore[attr-defined]
+        found = {name: tensor.full_tensor() for name, tensor in found.items()}  # type: ignore[attr-defined]
+    torch.save(found, Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
+    # PyTorch keeps gloo's threads once there was a DDP, and on a loaded machine one of them was seen to abort while the
+    # interpreter shut down ("terminate called without an active exception"). What is tested here is done.
+    os._exit(0)
 
 
 @pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="this PyTorch has no gloo")
@@ -75,10 +71,7 @@ def test_two_processes_give_the_gradients_of_one(kind: str, tmp_path: Path) -> N
     model, images, labels = model_and_batch()
     expected = step(model, model, images, labels)
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = mp.spawn(worker, args=(port, str(tmp_path), kind), nprocs=WORLD, join=False)
+    context = mp.spawn(worker, args=(str(tmp_path), kind), nprocs=WORLD, join=False)
     deadline = time.monotonic() + TIMEOUT
     try:
         while not context.join(timeout=5):  # True once all have ended well; raises what a worker raised
