@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import sys
 from typing import Any
 
 import pytest
@@ -72,21 +74,92 @@ def test_pgd_is_foolboxs(norm: str, eps: float, step_size: float, problem: tuple
     assert float((ours - start).abs().max()) > 0.01
 
 
-def test_square_is_as_strong_as_that_of_torchattacks(problem: tuple[nn.Module, Tensor, Tensor]) -> None:
-    torchattacks = pytest.importorskip(
-        "torchattacks", reason="torchattacks is not installed (it pins an old requests): pip install --no-deps"
-    )
-    model, images, _ = problem
-    images = torch.rand(120, 2, 8, 8, dtype=torch.float64)
-    labels = model(images).argmax(1)
+def test_square_is_as_strong_as_its_authors(problem: tuple[nn.Module, Tensor, Tensor]) -> None:
+    pytest.importorskip("pyautoattack", reason="pyautoattack is not installed (requirements-dev.txt)")
+    from pyautoattack.square import SquareAttack
+
+    model, images, labels = float32(problem, 120)
     eps, n_queries = 0.1, 200
 
     def survivors(attacked: Tensor) -> int:
         assert float((attacked - images).abs().max()) <= eps + 1e-6
-        return int((model(attacked).argmax(1) == labels).sum())
+        with torch.no_grad():
+            return int((model(attacked).argmax(1) == labels).sum())
 
     ours = survivors(robustness.square(model, images, labels, eps, n_queries=n_queries, generator=torch.Generator()))
-    with torch.random.fork_rng():  # it seeds the global generator
-        theirs = survivors(torchattacks.Square(model, eps=eps, n_queries=n_queries, seed=0)(images, labels))
+    with torch.random.fork_rng(), torch.no_grad():  # it seeds the global generator
+        authors = SquareAttack(model, norm="Linf", n_queries=n_queries, eps=eps, p_init=0.8, seed=0, device="cpu")
+        authors.resc_schedule = False
+        theirs = survivors(authors.perturb(images, labels))
     assert 0 < theirs < 120
     assert abs(ours - theirs) <= 12, (ours, theirs)
+
+
+def float32(problem: tuple[nn.Module, Tensor, Tensor], n: int) -> tuple[nn.Module, Tensor, Tensor]:
+    """The network in float32, and images that it classifies rightly."""
+    model = copy.deepcopy(problem[0]).float()
+    images = torch.rand(n, 2, 8, 8)
+    with torch.no_grad():
+        return model, images, model(images).argmax(1)
+
+
+@pytest.mark.parametrize("norm", ["inf", "2"])
+def test_autoattack_is_the_authors_ensemble(norm: str, problem: tuple[nn.Module, Tensor, Tensor]) -> None:
+    """In the ball, repeatable, and nothing of the caller's is disturbed. Here its first attack breaks every image.
+
+    For how strong it is, see ``test_robustness.test_full_suite``.
+    """
+    pytest.importorskip("pyautoattack", reason="pyautoattack is not installed (requirements-dev.txt)")
+    model, images, labels = float32(problem, 16)
+    labels[0] = (labels[0] + 1) % 10  # classified wrongly as it is: has lost, and is left as it is
+    eps = {"inf": 0.5, "2": 4.0}[norm]
+
+    def run(seed: int) -> Tensor:
+        return robustness.autoattack(
+            model, images, labels, eps, norm=norm, generator=torch.Generator().manual_seed(seed)
+        )
+
+    def trace(*_: object) -> None:
+        return None
+
+    state, tracer = torch.get_rng_state(), sys.gettrace()
+    sys.settrace(trace)
+    try:
+        found = run(1)
+        assert sys.gettrace() is trace
+    finally:
+        sys.settrace(tracer)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert torch.equal(found[0], images[0])
+    assert float(found.min()) >= 0
+    assert float(found.max()) <= 1
+    change = (found - images).flatten(1)
+    size = change.abs().amax(1) if norm == "inf" else change.norm(dim=1)
+    assert 0.9 * eps < float(size.max()) <= eps + 1e-5
+    with torch.no_grad():
+        assert bool((model(found).argmax(1) != labels).all())
+    assert torch.equal(run(1), found)
+    assert not torch.equal(run(2), found)
+
+
+def test_autoattack_refuses_what_its_code_cannot_do(problem: tuple[nn.Module, Tensor, Tensor]) -> None:
+    pytest.importorskip("pyautoattack", reason="pyautoattack is not installed (requirements-dev.txt)")
+    model, images, labels = problem
+    with pytest.raises(TypeError, match=r"torch\.float64, AutoAttack computes in torch\.float32"):
+        robustness.autoattack(model, images, labels, 0.1, generator=torch.Generator())
+    three = models.MNISTNode(image_size=8, n_steps=2, num_classes=3).eval()
+    with pytest.raises(ValueError, match="the model has 3 classes, AutoAttack needs at least 4"):
+        robustness.autoattack(three, torch.rand(2, 1, 8, 8), torch.zeros(2).long(), 0.1, generator=torch.Generator())
+
+
+def test_autoattack_of_fewer_than_ten_classes() -> None:
+    pytest.importorskip("pyautoattack", reason="pyautoattack is not installed (requirements-dev.txt)")
+    torch.manual_seed(3)
+    model = models.MNISTNode(image_size=8, n_steps=2, num_classes=4).eval()
+    images = torch.rand(6, 1, 8, 8)
+    with torch.no_grad():
+        labels = model(images).argmax(1)
+    found = robustness.autoattack(model, images, labels, 1.0, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert bool((model(found).argmax(1) != labels).all())

@@ -1,12 +1,13 @@
-"""AutoAttack by its authors' code, where that can be imported. Nothing else here bears the name.
+"""AutoAttack by its authors' code, where that is installed. Nothing else here bears the name.
 
-The class of that name in torchattacks 3.5.1 is not used: its APGD and FAB take 10 steps where the published ensemble
-takes 100.
+The package is pyautoattack, which RobustBench requires too. The class of that name in torchattacks 3.5.1 is not used:
+its APGD and FAB take 10 steps where the published ensemble takes 100.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import sys
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +17,12 @@ from robust_node_fast.robustness import _inputs
 
 __all__ = ["MISSING", "autoattack", "available"]
 
-MISSING = (
-    "AutoAttack was not run: the package autoattack, its authors' code (github.com/fra31/auto-attack), is not installed"
-)
+MISSING = "AutoAttack was not run: its authors' code is not installed (pip install pyautoattack)"
+FEWEST_CLASSES = 4  # the targeted loss compares the largest logit with the third and fourth
 
 
 def available() -> bool:
-    return importlib.util.find_spec("autoattack") is not None
+    return importlib.util.find_spec("pyautoattack") is not None
 
 
 def autoattack(
@@ -30,27 +30,43 @@ def autoattack(
 ) -> Tensor:
     """The standard version: APGD on the cross-entropy, targeted APGD, targeted FAB, Square (Croce & Hein, 2003.01690).
 
+    The targeted attacks aim at nine other classes, or at all of them where there are fewer. What the authors' own
+    checks find (a randomised defence, say) is logged as "auto-attack".
+
     Args:
-        model, images, labels, eps, norm: as in ``attacks.fgsm``.
+        model, images, labels, eps, norm: as in ``attacks.fgsm``; in float32, logits of at least four classes.
         generator: on the CPU; seeds the ensemble.
 
     Returns:
-        ``(B, C, H, W)``, in the ball and in [0, 1].
+        ``(B, C, H, W)``, in the ball up to rounding and in [0, 1]; an image that no attack broke, or that is classified
+        wrongly as it is, comes back unchanged.
 
     Raises:
         ModuleNotFoundError: the authors' code is not installed.
-        TypeError, ValueError: as ``attacks.fgsm``.
+        TypeError, ValueError: as ``attacks.fgsm``; not float32; fewer than four classes.
     """
     _inputs.check_radius("eps", eps)
     _checks.choice("norm", norm, _inputs.NORMS)
     if not available():
         raise ModuleNotFoundError(MISSING)
-    from autoattack import AutoAttack
+    if images.dtype != torch.float32:
+        raise TypeError(f"images are {images.dtype}, AutoAttack computes in torch.float32")
+    from pyautoattack import AutoAttack
 
     seed = int(torch.randint(2**31, (), generator=generator))
+    tracer = sys.gettrace()
     with _inputs.attacked(model, images, labels), torch.random.fork_rng():  # it seeds the global generators
+        with torch.no_grad():
+            num_classes = model(images[:1]).shape[1]
+        if num_classes < FEWEST_CLASSES:
+            raise ValueError(f"the model has {num_classes} classes, AutoAttack needs at least {FEWEST_CLASSES}")
         ensemble = AutoAttack(
-            model, norm="Linf" if norm == "inf" else "L2", eps=eps, seed=seed, verbose=False, device=str(images.device)
+            model, norm="Linf" if norm == "inf" else "L2", eps=eps, seed=seed, device=str(images.device)
         )
-        attacked: Tensor = ensemble.run_standard_evaluation(images, labels, bs=len(images))
+        targets = min(9, num_classes - 1)
+        ensemble.apgd_targeted.n_target_classes = ensemble.fab.n_target_classes = targets
+        try:
+            attacked: Tensor = ensemble.run_standard_evaluation(images, labels, batch_size=len(images))[0]
+        finally:
+            sys.settrace(tracer)  # which it takes away
     return attacked.detach()
