@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from robust_node_fast import cli, data, training, zubov
 from robust_node_fast.certify import linf_certified
+from robust_node_fast.robustness import auto_attack
 from robust_node_fast.training import TrainConfig
 from robust_node_fast.training.objective import objective_of
 from robust_node_fast.zubov import contenders, experiments, page, planar
@@ -320,8 +321,10 @@ def test_only_what_a_guard_says_is_a_result(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_image_cell_end_to_end(tmp_path: Path) -> None:
+    pytest.importorskip("pyautoattack", reason="pyautoattack is not installed (requirements-dev.txt)")
     (cell,) = experiments.cells(seeds=1, only=["digits/zubov"], steps=3)
-    cell = dataclasses.replace(cell, attacked=8)
+    # At a middle radius of 1/2 the first attack of AutoAttack breaks every image.
+    cell = dataclasses.replace(cell, attacked=8, autoattacked=4, eps=(0.05, 0.5, 1.0))
     found = experiments.compute(cell, tmp_path, tmp_path, on_progress=lambda _: None)
     written = json.loads(experiments.path_of(cell, tmp_path).read_text())
     del written["sha256"]
@@ -329,7 +332,17 @@ def test_image_cell_end_to_end(tmp_path: Path) -> None:
     assert experiments.read(cell, tmp_path) is not None
     checks = {check["name"]: check["passed"] for check in found["report"]["checks"]}
     assert any("certified" in name for name in checks)
-    assert found["margin"].keys() == {"0.05", "0.1", "0.2"}
+    assert found["margin"].keys() == {"0.05", "0.5", "1.0"}
+    assert found["autoattack"] == {"0.5": 0.0}
+    assert found["margin"]["0.5"] <= 0.25
+
+
+def test_image_cells_need_autoattack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auto_attack, "available", lambda: False)
+    command = ["reproduce", "zubov", "--only", "digits/node", "--steps", "2", "--out", str(tmp_path)]
+    done = run.invoke(cli.app, command)
+    assert (done.exit_code, done.stderr.count("\n")) == (1, 2)  # how many cells are done, and why not this one
+    assert "pip install pyautoattack" in done.stderr
 
 
 def test_tables_of_the_page_are_those_of_the_committed_results() -> None:

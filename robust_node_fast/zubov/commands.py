@@ -48,7 +48,7 @@ def reproduce(
     only: Annotated[
         list[str] | None,
         typer.Option(
-            help="plane, digits, mnist, fashionmnist, or PART/ROW, or how it begins (repeat for several).",
+            help="plane, digits, mnist, fashionmnist, cifar10, or PART/ROW, or how it begins (repeat for several).",
             show_default="all",
         ),
     ] = None,

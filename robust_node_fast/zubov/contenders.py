@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from robust_node_fast import data
 from robust_node_fast.zubov.lyapunov import ConvexLyapunov
 from robust_node_fast.zubov.network import DenseFlow, ZubovNet
 
@@ -89,7 +90,7 @@ def bare_backbone(net: nn.Module, inputs: Tensor, labels: Tensor, num_classes: i
     """
     assert isinstance(net, FlowClassifier | ZubovNet)
     with torch.no_grad():
-        states = torch.cat([net.backbone(part) for part in torch.split(inputs, 512)])
+        states = torch.cat([net.backbone(data.to_float(part)) for part in torch.split(inputs, 512)])
     head = nn.Linear(states.shape[1], num_classes)
     for parameter in head.parameters():
         nn.init.zeros_(parameter)

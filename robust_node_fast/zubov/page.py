@@ -13,19 +13,25 @@ from robust_node_fast.zubov.experiments import Cell, Images, Plane
 __all__ = ["markdown"]
 
 MISSING = "not measured"
-# Heading, name of the result in a report, strength.
-COLUMNS = (
-    ("clean", "clean", 0.0),
-    ("Gauss 0.2", "gaussian", 0.2),
-    ("S&P 0.2", "salt_and_pepper", 0.2),
-    ("FGSM 0.1", "fgsm", 0.1),
-    ("PGD 0.05", "pgd", 0.05),
-    ("PGD 0.1", "pgd", 0.1),
-    ("margin PGD 0.1", "margin", 0.1),
-    ("bare backbone 0.1", "pgd on bare backbone", 0.1),
-    ("worst of FGSM, PGD, transfer 0.1", "worst case", 0.1),
-    ("certified 0.05", "certified", 0.05),
-)
+
+
+def _columns(part: str) -> tuple[tuple[str, str, float], ...]:
+    """Heading, name of the result in a cell's file, strength."""
+    small, middle, _ = experiments.EPS[part]
+    low, mid = (f"{255 * eps:.0f}/255" if part == "cifar10" else f"{eps:g}" for eps in (small, middle))
+    return (
+        ("clean", "clean", 0.0),
+        ("Gauss 0.2", "gaussian", 0.2),
+        ("S&P 0.2", "salt_and_pepper", 0.2),
+        (f"FGSM {mid}", "fgsm", middle),
+        (f"PGD {low}", "pgd", small),
+        (f"PGD {mid}", "pgd", middle),
+        (f"margin PGD {mid}", "margin", middle),
+        (f"AutoAttack {mid}", "autoattack", middle),
+        (f"bare backbone {mid}", "pgd on bare backbone", middle),
+        (f"worst of FGSM, PGD, transfer {mid}", "worst case", middle),
+        (f"certified {low}", "certified", small),
+    )
 
 
 def markdown(cells: Sequence[Cell], folder: Path) -> str:
@@ -75,23 +81,24 @@ def _plane(cells: Sequence[Plane], folder: Path) -> Iterator[str]:
 
 
 def _images(cells: Sequence[Images], folder: Path) -> Iterator[str]:
-    yield f"| method | seeds | {' | '.join(heading for heading, _, _ in COLUMNS)} | checks held | s / step |"
-    yield "|---" * (len(COLUMNS) + 4) + "|"
+    columns = _columns(cells[0].part)
+    yield f"| method | seeds | {' | '.join(heading for heading, _, _ in columns)} | checks held | s / step |"
+    yield "|---" * (len(columns) + 4) + "|"
     for method in dict.fromkeys(cell.row for cell in cells):
         results = [experiments.read(cell, folder) for cell in cells if cell.row == method]
         found = [result for result in results if result is not None]
         if not found:
-            yield f"| {method} | 0 | {' | '.join([MISSING] * (len(COLUMNS) + 2))} |"
+            yield f"| {method} | 0 | {' | '.join([MISSING] * (len(columns) + 2))} |"
             continue
-        values = [_percent([v for r in found if (v := _value(r, name, at)) is not None]) for _, name, at in COLUMNS]
+        values = [_percent([v for r in found if (v := _value(r, name, at)) is not None]) for _, name, at in columns]
         held = sum(r["report"]["reliable"] for r in found)
         seconds = statistics.fmean(r["train_seconds"] / r["settings"]["train"]["steps"] for r in found)
         yield f"| {method} | {len(found)} | {' | '.join(values)} | {held} of {len(found)} | {seconds:.3f} |"
 
 
 def _value(found: dict[str, Any], name: str, strength: float) -> float | None:
-    if name == "margin":
-        return float(found["margin"][str(strength)])
+    if name in ("margin", "autoattack"):
+        return float(found[name][str(strength)])
     for result in found["report"]["results"]:
         if (result["name"], result["strength"]) == (name, strength):
             return float(result["mean"])
