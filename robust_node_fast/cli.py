@@ -59,6 +59,7 @@ def _reported(command: Callable[..., None]) -> Callable[..., None]:
         try:
             with warnings.catch_warnings():
                 warnings.showwarning = lambda message, *_, **__: _note(message)
+                warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.")  # to its developers
                 command(*args, **kwargs)
         except (data.DataError, reproduction.CellError, training.RunError, training.CheckpointError) as error:
             _fail(str(error), 1)
