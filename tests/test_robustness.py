@@ -556,7 +556,7 @@ def test_accuracies_are_those_of_the_parts(report: robustness.Report, trained: n
     assert report.accuracy("fgsm", 0.15) == accuracy(fgsm)
     stands = right(images)
     for eps in (0.05, 0.15):  # what lost before is spared
-        start, found = generator(3), []
+        start, found = tally.random_numbers(3, "pgd", "l_inf eps", eps), []
         for x, y, left in zip(images.split(128), labels.split(128), stands.split(128), strict=True):
             options: dict[str, Any] = {"step_size": 2.5 * eps / 40, "target": trained, "generator": start}
             found.append(
@@ -566,7 +566,7 @@ def test_accuracies_are_those_of_the_parts(report: robustness.Report, trained: n
         assert report.accuracy("pgd", eps) == int(stands.sum()) / 200
     assert report.accuracy("worst case", 0.15) == int((right(fgsm) & stands).sum()) / 200
     for k, seed in enumerate((3, 4)):
-        noise = generator(seed)
+        noise = tally.random_numbers(seed, "gaussian", "sigma", 0.3)
         noisy = torch.cat([robustness.gaussian(x, 0.3, noise, clip=False) for x in images.split(128)])
         assert report.results[3].per_seed[k] == accuracy(noisy)
 
@@ -631,13 +631,64 @@ def test_masked_gradients_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None
     assert found.accuracy("worst case", 0.1) <= found.accuracy("square", 0.1) < 0.5
     failed = [check.name for check in found.checks if not check.passed]
     assert failed == ["white box <= square at l_inf eps 0.1", "accuracy near 0 at l_inf eps 1"]
-    saturated = balanced(36, scale=1e4)
-    images = torch.rand(40, 1, 6, 6)
-    labels = saturated(images).argmax(1)
-    found = robustness.evaluate(saturated, (images, labels), eps=0.05)
-    best = float((saturated(best_attack(saturated, images, labels, 0.05)).argmax(1) == labels).double().mean())
-    assert found.reliable
-    assert found.accuracy("pgd", 0.05) == best < 1.0
+
+
+class Decoy(nn.Module):
+    """Its gradient is another network's, so that only black boxes find where it is weak."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.decoy = Linear(torch.ones(36), -18.0)  # the network's weights alternate in sign
+
+    def forward(self, input: Tensor) -> Tensor:
+        decoy = self.decoy(input)
+        return self.network(input).detach() + 1e-3 * (decoy - decoy.detach())
+
+
+def test_autoattack_does_not_hide_that_gradients_are_masked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends with Square: what it breaks says nothing about gradients."""
+    model = Decoy(balanced(36)).eval()
+    images = torch.rand(30, 1, 6, 6)
+    labels = model(images).argmax(1)
+
+    def by_square(model: nn.Module, images: Tensor, labels: Tensor, eps: float, **_: Any) -> Tensor:
+        return robustness.square(model, images, labels, eps, n_queries=300, generator=generator())
+
+    monkeypatch.setattr(auto_attack, "autoattack", by_square)
+    monkeypatch.setattr(auto_attack, "available", lambda: True)
+    few = suite.Suite((), (suite._fgsm("inf"), suite._pgd(n_steps=2), suite._square(300), suite._autoattack("inf")))
+    monkeypatch.setitem(suite.SUITES, "full", few)
+    found = robustness.evaluate(model, (images, labels), suite="full", eps=0.1)
+    assert found.accuracy("autoattack", 0.1) < found.accuracy("pgd", 0.1) - 0.1
+    assert "white box <= square at l_inf eps 0.1" in [check.name for check in found.checks if not check.passed]
+
+
+@pytest.mark.parametrize("scale", [1.0, 10.0, 30.0, 1e4])
+@pytest.mark.parametrize("norm", ["inf", "2"])
+def test_attacks_are_as_strong_where_a_network_is_sure_of_itself(
+    scale: float, norm: str, trained: nn.Module, digits: data.Dataset
+) -> None:
+    """Larger logits are the same decisions: gradients of the cross-entropy vanish with them, attacks must not."""
+
+    class Scaled(nn.Module):
+        def forward(self, input: Tensor) -> Tensor:
+            return scale * trained(input)
+
+    images, labels = digits.test_images[:150], digits.test_labels[:150]
+    eps, step_size = {"inf": (0.1, 0.01), "2": (0.8, 0.1)}[norm]
+    survives = []
+    for model in (trained, Scaled().eval()):
+        options: dict[str, Any] = {"norm": norm, "step_size": step_size, "n_steps": 20, "generator": generator()}
+        for attacked in (
+            robustness.fgsm(model, images, labels, eps, norm=norm),
+            robustness.pgd(model, images, labels, eps, **options),
+        ):
+            with torch.no_grad():
+                survives.append(int((trained(attacked).argmax(1) == labels).sum()))
+    assert survives[1] < survives[0] < 150
+    assert survives[2] <= survives[0] + 8
+    assert survives[3] <= survives[1] + 8
 
 
 def test_transfer_from_another_model(trained: nn.Module, digits: data.Dataset) -> None:
@@ -645,7 +696,9 @@ def test_transfer_from_another_model(trained: nn.Module, digits: data.Dataset) -
     other = models.MNISTNode(image_size=8, n_steps=1).eval()
     sources = {"itself": trained, "other": other}
     found = robustness.evaluate(trained, (images, labels), suite="quick", eps=0.2, sources=sources)
-    assert found.accuracy("pgd on itself", 0.2) == found.accuracy("pgd", 0.2) < found.accuracy("pgd on other", 0.2)
+    own, again = found.accuracy("pgd", 0.2), found.accuracy("pgd on itself", 0.2)  # from other random starts
+    assert abs(own - again) <= 3 / 60
+    assert own < found.accuracy("pgd on other", 0.2)
     right = trained(images).argmax(1) == labels
     options: dict[str, Any] = {"step_size": 2.5 * 0.2 / 10, "n_steps": 10, "target": trained, "generator": generator()}
     attacked = robustness.pgd(other, images[right], labels[right], 0.2, **options)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robust_node_fast import _checks
@@ -20,19 +19,23 @@ __all__ = ["LOSSES", "fgsm", "margin", "pgd"]
 
 
 def margin(logits: Tensor, labels: Tensor) -> Tensor:
-    """``max_{j != y} f_j - f_y``, ``(B,)``: positive exactly where another class wins (Carlini & Wagner, 1608.04644).
-
-    Unlike the cross-entropy it does not saturate where a network is sure of itself: see ``_gradient``.
-    """
+    """``max_{j != y} f_j - f_y``, ``(B,)``: positive exactly where another class wins (Carlini & Wagner, 1608.04644)."""
     right = labels[:, None]
     return logits.scatter(1, right, -torch.inf).max(1).values - logits.gather(1, right)[:, 0]
 
 
-def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(logits, labels, reduction="none")
+def _log_odds(logits: Tensor, labels: Tensor) -> Tensor:
+    """``s = log sum_{j != y} exp(f_j) - f_y``, ``(B,)``: the cross-entropy is ``log(1 + exp(s))``.
+
+    Both rise in the same direction. But in float32 the cross-entropy's own gradient, ``sigmoid(s)`` times that of
+    ``s``, has no ``f_y`` in it any more once ``s < -17``, and is zero a little later: attacks that climb it get weaker
+    the surer a network is of itself.
+    """
+    right = labels[:, None]
+    return logits.scatter(1, right, -torch.inf).logsumexp(1) - logits.gather(1, right)[:, 0]
 
 
-LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"cross-entropy": _cross_entropy, "margin": margin}
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"cross-entropy": _log_odds, "margin": margin}
 
 
 def fgsm(model: nn.Module, images: Tensor, labels: Tensor, eps: float, *, norm: str = "inf") -> Tensor:
@@ -89,7 +92,7 @@ def pgd(
         model, images, labels, eps, norm: as in ``fgsm``.
         step_size: length of a step in ``norm``, >= 0. It decides how strong the attack is and has no default.
         n_steps, n_restarts: at least 1.
-        loss: that is climbed, ``"cross-entropy"`` or ``"margin"``.
+        loss: that is climbed, ``"cross-entropy"`` (by way of ``_log_odds``) or ``"margin"``.
         target: in eval mode; decides what fools. None: ``model``, and all steps are taken.
         generator: on the CPU; of the random starts, uniform in the ball.
 
@@ -142,19 +145,12 @@ def pgd(
 
 
 def _gradient(model: nn.Module, images: Tensor, labels: Tensor, loss: str) -> tuple[Tensor, Tensor]:
-    """Of every image's loss to the image, ``(B, C, H, W)``, and the logits.
-
-    Where the cross-entropy's gradient is exactly zero, which it is once a network is sure enough, the margin's.
-    """
+    """Of every image's loss to the image, ``(B, C, H, W)``, and the logits."""
     with torch.enable_grad():
         images = images.detach().requires_grad_()
         logits = model(images)
         _inputs.check_logits(logits, labels)
         (gradient,) = torch.autograd.grad(LOSSES[loss](logits, labels).sum(), images)
-    if loss != "margin":
-        flat = ~gradient.flatten(1).any(1)
-        if bool(flat.any()):
-            gradient[flat] = _gradient(model, images[flat], labels[flat], "margin")[0]
     return gradient, logits.detach()
 
 

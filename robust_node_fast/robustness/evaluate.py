@@ -64,7 +64,7 @@ class _Ball:
             survives = survives & right
             if attack.kind == "iterative":
                 iterative = iterative & right
-            if attack.kind != "black box":
+            if attack.kind in ("single step", "iterative"):  # AutoAttack has a black box in it
                 white = white & right
         self.iterative.count(iterative)
         self.white.count(white)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -36,7 +37,7 @@ class Tally:
     seconds: float = 0.0
 
     def __post_init__(self) -> None:
-        self.generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
+        self.generators = [random_numbers(seed, self.name, self.measure, self.strength) for seed in self.seeds]
         self.correct, self.seen = [0] * len(self.seeds), [0] * len(self.seeds)
 
     def classified(self, images: Tensor, labels: Tensor, predicted: Tensor, seed: int = 0) -> Tensor:
@@ -65,6 +66,12 @@ class Tally:
     def result(self) -> Result:
         per_seed = tuple(correct / max(1, seen) for correct, seen in zip(self.correct, self.seen, strict=True))
         return Result(self.name, self.strength, per_seed, self.settings, self.measure, self.seconds)
+
+
+def random_numbers(seed: int, name: str, measure: str, strength: float) -> torch.Generator:
+    """Of a line of a report, its own: attacks with random starts shall not all begin at the same ones."""
+    digest = hashlib.sha256(f"{seed} {name} {measure} {strength}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
 
 
 class Progress:

@@ -27,7 +27,7 @@ from robust_node_fast.zubov.network import ZubovNet
 
 __all__ = ["PARTS", "Images", "Plane", "cells", "compute", "path_of", "read"]
 
-PROTOCOL = 1  # raised by every change of what a cell's numbers mean
+PROTOCOL = 2  # raised by every change of what a cell's numbers mean
 PARTS = ("plane", "digits", "mnist", "fashionmnist", "cifar10")
 OnProgress = Callable[[str], None]
 EPS = {**dict.fromkeys(("digits", "mnist", "fashionmnist"), (0.05, 0.1, 0.2)), "cifar10": (2 / 255, 4 / 255, 8 / 255)}
