@@ -425,15 +425,20 @@ def test_losses_against_the_formulas(partial: bool) -> None:
     weighted = losses(lyapunov, net.fields, trajectory, labels, consistency=2.0, separation=0.5, **options)
     assert_close(weighted["consistency"], 2 * found["consistency"], 1e-14)
     assert_close(weighted["separation"], 0.5 * found["separation"], 1e-14)
+    assert found["containment"] == 0.0
+    contained = losses(lyapunov, net.fields, trajectory, labels, containment=2.0, **options)["containment"]
+    first = zubov.reference.value(lyapunov, trajectory[0]).gather(1, labels[:, None])
+    assert_close(contained.detach(), 2.0 * (first - 0.5).relu().mean().detach(), 1e-9)
+    assert contained > 0
 
 
 @BOTH
-@pytest.mark.parametrize("name", ["consistency", "classification", "separation"])
+@pytest.mark.parametrize("name", ["consistency", "classification", "separation", "containment"])
 def test_gradcheck_of_each_loss(name: str, partial: bool) -> None:
     """In all parameters, the states and what the vector field closes over; boundary points move with them."""
     lyapunov = functions(2, 3, width=3, depth=2, partial=partial)
     names, values = zip(*lyapunov.named_parameters(), strict=True)
-    weights = {key: float(key == name) for key in ("consistency", "classification", "separation")}
+    weights = {key: float(key == name) for key in ("consistency", "classification", "separation", "containment")}
     labels = torch.tensor([0, 2, 2])
 
     class Loss(nn.Module):

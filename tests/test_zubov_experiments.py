@@ -274,7 +274,7 @@ def test_reproduce_in_portions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         "reproduce",
         "zubov",
         "--only",
-        "plane/blobs",
+        "plane/blob",
         "--steps",
         "2",
         "--out",
@@ -298,11 +298,11 @@ def test_reproduce_in_portions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         assert altered != before
         first.write_bytes(altered)
         with pytest.warns(UserWarning, match=f"{why}.*: this cell is computed again"):
-            assert experiments.read(experiments.cells(only=["plane/blobs"], steps=2)[0], out) is None
+            assert experiments.read(experiments.cells(only=["plane/blob"], steps=2)[0], out) is None
     first.write_bytes(before)
     monkeypatch.setattr(experiments, "PROTOCOL", 99)
-    with pytest.warns(UserWarning, match="is of protocol 1, this is 99: this cell is computed again"):
-        assert experiments.read(experiments.cells(only=["plane/blobs"], steps=2)[0], out) is None
+    with pytest.warns(UserWarning, match="is of protocol 2, this is 99: this cell is computed again"):
+        assert experiments.read(experiments.cells(only=["plane/blob"], steps=2)[0], out) is None
 
 
 def test_only_what_a_guard_says_is_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -324,7 +324,7 @@ def test_image_cell_end_to_end(tmp_path: Path) -> None:
     pytest.importorskip("pyautoattack", reason="pyautoattack is not installed (requirements-dev.txt)")
     (cell,) = experiments.cells(seeds=1, only=["digits/zubov"], steps=3)
     # At a middle radius of 1/2 the first attack of AutoAttack breaks every image.
-    cell = dataclasses.replace(cell, attacked=8, autoattacked=4, eps=(0.05, 0.5, 1.0))
+    cell = dataclasses.replace(cell, attacked=8, eps=(0.05, 0.5, 1.0))
     found = experiments.compute(cell, tmp_path, tmp_path, on_progress=lambda _: None)
     written = json.loads(experiments.path_of(cell, tmp_path).read_text())
     del written["sha256"]
@@ -335,6 +335,39 @@ def test_image_cell_end_to_end(tmp_path: Path) -> None:
     assert found["margin"].keys() == {"0.05", "0.5", "1.0"}
     assert found["autoattack"] == {"0.5": 0.0}
     assert found["margin"]["0.5"] <= 0.25
+    for shares in found["regions"].values():
+        assert shares.keys() == {"inside_first", "inside_last", "falls", "arrives", "arrives_elsewhere"}
+        assert 0.0 <= min(shares.values()) <= max(shares.values()) <= 1.0
+
+
+def test_what_is_said_of_states_is_what_they_do() -> None:
+    """x' = -x to the one equilibrium of three that is there: only its class arrives."""
+    net = TrainConfig.recipe("digits", model="zubov", seed=3).initial_model()
+    net.backbone = nn.Sequential(nn.Flatten(), nn.Linear(64, 16))
+    nn.init.zeros_(net.dynamics.weight1)
+    nn.init.zeros_(net.dynamics.bias1)
+    nn.init.zeros_(net.dynamics.weight2)
+    nn.init.zeros_(net.dynamics.bias2)
+    field = net.vector_field
+    net.vector_field = lambda states: field(states) - states  # type: ignore[method-assign]
+    with torch.no_grad():
+        net.lyapunov.equilibria.add_(5.0)[4] = 0.0
+    found = experiments._regions(net, DIGITS)["test"]
+    share = float((DIGITS.test_labels == 4).double().mean())
+    assert found["arrives"] == pytest.approx(share)
+    assert found["arrives_elsewhere"] == pytest.approx(1.0 - share)
+    assert found["falls"] == 0.0  # the network's own steps stand still
+
+
+def test_an_image_run_that_a_guard_stops_is_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise training.Refused("loss is nan at step 3")
+
+    monkeypatch.setattr(training, "fit", refuse)
+    monkeypatch.setattr(auto_attack, "available", lambda: True)
+    (cell,) = experiments.cells(seeds=1, only=["digits/lyanet"])
+    experiments.compute(cell, tmp_path, tmp_path, on_progress=lambda _: None)
+    assert "| lyanet | 0 | stopped: loss is nan at step 3 |" in page.markdown([cell], tmp_path)
 
 
 def test_image_cells_need_autoattack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ __all__ = ["LOSSES", "fgsm", "margin", "pgd"]
 
 
 def margin(logits: Tensor, labels: Tensor) -> Tensor:
-    """``max_{j != y} f_j - f_y``, ``(B,)``: positive exactly where another class wins (Carlini & Wagner, 1608.04644)."""
+    """``max_{j != y} f_j - f_y``, ``(B,)``: positive where another class wins (Carlini & Wagner, arXiv 1608.04644)."""
     right = labels[:, None]
     return logits.scatter(1, right, -torch.inf).max(1).values - logits.gather(1, right)[:, 0]
 

@@ -122,16 +122,16 @@ class ContractionObjective(Objective):
 
 
 class ZubovObjective(Objective):
-    """The three losses of a Zubov-Net, each with its weight; points on rays come from PyTorch's random numbers."""
+    """The losses of a Zubov-Net, each with its weight; points on rays come from PyTorch's random numbers."""
 
-    metrics = ("loss", "consistency", "classification", "separation")
+    metrics = ("loss", "consistency", "classification", "separation", "containment")
     model: ZubovNet
 
     def __init__(self, model: nn.Module, config: TrainConfig) -> None:
         super().__init__(model, config)
         options = dataclasses.asdict(config.zubov)
-        names = ("consistency", "classification", "separation", "temperature", "margin", "n_rays", "reach", "floor")
-        self.options = {"rate": config.rate, **{name: options[name] for name in names}}
+        others = ("temperature", "margin", "n_rays", "reach", "floor")
+        self.options = {"rate": config.rate, **{name: options[name] for name in (*self.metrics[1:], *others)}}
         self.reaches_all = bool(config.zubov.consistency or config.zubov.classification)  # separation: V alone
 
     def forward(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

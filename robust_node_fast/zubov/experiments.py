@@ -23,6 +23,7 @@ from robust_node_fast.robustness import auto_attack
 from robust_node_fast.training import CheckpointError, Outcome, Refused, RunError, TrainConfig, writing
 from robust_node_fast.training.checkpoint import digest_of_json, replace_file
 from robust_node_fast.zubov import contenders, picture, planar
+from robust_node_fast.zubov.attraction import attracted_to
 from robust_node_fast.zubov.network import ZubovNet
 
 __all__ = ["PARTS", "Images", "Plane", "cells", "compute", "path_of", "read"]
@@ -32,8 +33,8 @@ PARTS = ("plane", "digits", "mnist", "fashionmnist", "cifar10")
 OnProgress = Callable[[str], None]
 EPS = {**dict.fromkeys(("digits", "mnist", "fashionmnist"), (0.05, 0.1, 0.2)), "cifar10": (2 / 255, 4 / 255, 8 / 255)}
 ATTACKED = {"digits": None, "mnist": 500, "fashionmnist": 500, "cifar10": 500}  # first test images, for attacks only
-AUTOATTACKED = 200  # first test images, at the middle radius: some 7,000 passes for each that survives
-# CIFAR-10 on a CPU: the small backbone of the other parts in the place of ResNet-18, and 13 epochs.
+LOOKED_AT = 512  # images whose states are followed
+# CIFAR-10 on a CPU: the small networks of the other parts in the place of ResNet-18 and its, and 13 epochs.
 SMALL: dict[str, Any] = {
     "steps": 5000,
     "optimizer": "adam",
@@ -42,7 +43,7 @@ SMALL: dict[str, Any] = {
     "lr": 3e-3,
     "weight_decay": 0.0,
     "grad_clip": 0.0,
-    "zubov": {"backbone": "conv"},
+    "zubov": {"backbone": "conv", "dim": 16, "field_width": 128, "width": 32, "depth": 2, "n_rays": 16},
 }
 # Weight decay so strong that the backbone's layers shrink to nothing, and all states become the same.
 COLLAPSING: dict[str, Any] = {
@@ -76,7 +77,7 @@ class Plane:
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {"row": self.row, "train": self.config.departures()}
+        return {"row": self.row, "train": self.config.settings()}
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,6 @@ class Images:
 
     config: TrainConfig
     attacked: int | None
-    autoattacked: int
     eps: tuple[float, ...]
 
     @property
@@ -99,16 +99,11 @@ class Images:
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {
-            "train": self.config.departures(),
-            "attacked": self.attacked,
-            "autoattacked": self.autoattacked,
-            "eps": list(self.eps),
-        }
+        return {"train": self.config.settings(), "attacked": self.attacked, "eps": list(self.eps)}
 
     @property
     def middle(self) -> float:
-        """The radius that AutoAttack is given."""
+        """The radius that AutoAttack is given: some 7,000 passes for each image that survives."""
         return self.eps[len(self.eps) // 2]
 
 
@@ -120,19 +115,22 @@ def cells(*, seeds: int = 3, only: Sequence[str] = (), steps: int | None = None)
 
     Args:
         seeds: of training, for the parts on images.
-        only: parts, or ``part/row`` (or how it begins).
+        only: parts, or ``part/row``, or how some begin.
         steps: of training, instead of each part's own number.
 
     Raises:
         ValueError: an element of ``only`` fits nothing.
     """
     found: list[Cell] = [*_in_the_plane(), *_on_images(seeds)]
+    names = list(dict.fromkeys(f"{cell.part}/{cell.row}" for cell in found))
+    chosen: set[str] = set()
     for wanted in only:
-        if not any(f"{cell.part}/{cell.row}".startswith(wanted) for cell in found):
-            names = ", ".join(dict.fromkeys(f"{cell.part}/{cell.row}" for cell in found))
-            raise ValueError(f"only={wanted!r} fits no row, expected one of {names}, or how they begin")
+        fitting = {wanted} & set(names) or {name for name in names if name.startswith(wanted)}
+        if not fitting:
+            raise ValueError(f"only={wanted!r} fits no row, expected one of {', '.join(names)}, or how they begin")
+        chosen |= fitting
     if only:
-        found = [cell for cell in found if f"{cell.part}/{cell.row}".startswith(tuple(only))]
+        found = [cell for cell in found if f"{cell.part}/{cell.row}" in chosen]
     return found if steps is None else [_with_steps(cell, steps) for cell in found]
 
 
@@ -164,7 +162,7 @@ def _on_images(seeds: int) -> Iterator[Images]:
             for method in contenders.METHODS:
                 small = SMALL if part == "cifar10" else {}
                 config = TrainConfig.recipe(part, "zubov", **small, model=method, seed=seed)
-                yield Images(config, ATTACKED[part], AUTOATTACKED, EPS[part])
+                yield Images(config, ATTACKED[part], EPS[part])
 
 
 def _with_steps(cell: Cell, steps: int) -> Cell:
@@ -229,7 +227,8 @@ def compute(
         found = _images(cell, run, dataset, on_progress)
     content = {
         "protocol": PROTOCOL,
-        "command": f"rnf reproduce zubov --only '{cell.part}/{cell.row}' --seeds {cell.config.seed + 1}",
+        "command": f"rnf reproduce zubov --only '{cell.part}/{cell.row}' --seeds {cell.config.seed + 1} "
+        f"--steps {cell.config.steps}",
         "settings": cell.settings,
         "versions": {"robust_node_fast": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "machine": machine(),
@@ -294,7 +293,10 @@ def _describe(regions: planar.Regions) -> dict[str, Any]:
 
 def _images(cell: Images, run: Path, dataset: data.Dataset, on_progress: OnProgress) -> dict[str, Any]:
     seed = cell.config.seed
-    net, outcome = _trained(cell, run, dataset, on_progress)
+    try:
+        net, outcome = _trained(cell, run, dataset, on_progress)
+    except Refused as error:  # what a guard says is the result
+        return {"refused": str(error)}
     bare = contenders.bare_backbone(net, dataset.train_images, dataset.train_labels, data.num_classes(cell.part))
     test = (dataset.test_images, dataset.test_labels)
     report = robustness.evaluate(
@@ -313,8 +315,10 @@ def _images(cell: Images, run: Path, dataset: data.Dataset, on_progress: OnProgr
     with torch.no_grad():
         right = [bare(x).argmax(1) == y for x, y in zip(*(torch.split(part, 512) for part in test), strict=True)]
     return {
+        "refused": None,
         "last_step": training.last_step(run),
         "train_seconds": outcome.seconds,
+        "regions": _regions(net, dataset) if isinstance(net, ZubovNet) else None,
         "bare_accuracy": float(torch.cat(right).double().mean()),
         "margin": {str(radius): _margin_attack(net, images, labels, radius, seed) for radius in cell.eps},
         "autoattack": {str(cell.middle): _autoattack(net, images, labels, cell, on_progress)},
@@ -338,8 +342,37 @@ def _margin_attack(net: nn.Module, images: Tensor, labels: Tensor, eps: float, s
 def _autoattack(net: nn.Module, images: Tensor, labels: Tensor, cell: Images, on_progress: OnProgress) -> float:
     """Accuracy under AutoAttack on the first images."""
     on_progress(f"{_label(cell)}: AutoAttack")
-    few, target = images[: cell.autoattacked], labels[: cell.autoattacked]
     generator = torch.Generator().manual_seed(cell.config.seed)
-    found = robustness.autoattack(net, few, target, cell.middle, generator=generator)
+    found = robustness.autoattack(net, images, labels, cell.middle, generator=generator)
     with torch.no_grad():
-        return float((net(found).argmax(1) == target).double().mean())
+        return float((net(found).argmax(1) == labels).double().mean())
+
+
+@torch.no_grad()
+def _regions(net: ZubovNet, dataset: data.Dataset) -> dict[str, dict[str, float]]:
+    """Whether states do what Zubov's equation says, of the first images of either set.
+
+    ``inside_first``, ``inside_last``: the share of states x(0) and x(T) in the own class's region. ``falls``: of the
+    network's steps in which the own V falls. ``arrives``: of the images whose states, simulated for 40 units of time,
+    come to rest at the own equilibrium (``attraction``); ``arrives_elsewhere``: at another class's.
+    """
+    found = {}
+    for name, images, labels in (
+        ("train", dataset.train_images, dataset.train_labels),
+        ("test", dataset.test_images, dataset.test_labels),
+    ):
+        states = net.trajectory(data.to_float(images[:LOOKED_AT]))
+        own = labels[:LOOKED_AT]
+        value = torch.stack([net.lyapunov(state).gather(1, own[:, None])[:, 0] for state in states])
+        end = attracted_to(
+            lambda x: net.vector_field(x[None])[0], states[0], net.lyapunov.equilibria, step_size=0.025, n_steps=1600
+        )
+        shares = {
+            "inside_first": value[0] < 1.0,
+            "inside_last": value[-1] < 1.0,
+            "falls": value[1:] < value[:-1],
+            "arrives": end == own,
+            "arrives_elsewhere": (end >= 0) & (end != own),
+        }
+        found[name] = {key: float(share.double().mean()) for key, share in shares.items()}
+    return found

@@ -1,4 +1,4 @@
-"""The three losses of Zubov-Net: consistency with Zubov's equation, classification, separation of the regions."""
+"""The losses of Zubov-Net: consistency with Zubov's equation, classification, separation of regions, containment."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from robust_node_fast.zubov.lyapunov import Coefficients, ConvexLyapunov
 __all__ = ["zubov_losses", "zubov_residual"]
 
 VectorField = Callable[[Tensor], Tensor]
+CONTAINED = 0.5  # of V: what first states are asked to stay below, well within the region
 
 
 def zubov_residual(value: Tensor, derivative: Tensor, *, rate: float) -> Tensor:
@@ -35,6 +36,7 @@ def zubov_losses(
     consistency: float = 1.0,
     classification: float = 1.0,
     separation: float = 1.0,
+    containment: float = 0.0,
     rate: float = 4.0,
     temperature: float = 1.0,
     margin: float = 0.1,
@@ -43,7 +45,7 @@ def zubov_losses(
     floor: float | None = None,
     generator: torch.Generator | None = None,
 ) -> dict[str, Tensor]:
-    """Consistency, classification and separation, each times its weight: the sum of the values is the objective.
+    """Consistency, classification, separation and containment, each times its weight; their sum is the objective.
 
     The recipes (docs/training.md) have ``rate=1`` and ``reach=0.25`` in the place of these defaults.
 
@@ -54,6 +56,9 @@ def zubov_losses(
     - ``classification``: cross-entropy of the logits ``-V_k(x(T)) / temperature``.
     - ``separation``: mean of ``relu(1 + margin - V_j(x_b))`` over ordered pairs ``i != j`` and points ``x_b`` of the
       boundary of region i. A region within another one is only seen from one side: hence both orders.
+    - ``containment``: mean of ``relu(V_y(x(0)) - 1/2)``. The cross-entropy is content with first states on the
+      boundary, as long as the other V are larger; there the equation is content with states that stay there, and they
+      do not come to rest at ``x*``.
 
     Args:
         lyapunov: K functions; at least two unless ``classification`` and ``separation`` are 0.
@@ -61,7 +66,7 @@ def zubov_losses(
             divided evenly among the steps.
         trajectory: ``(N + 1, B, dim)``, x(0) first.
         labels: ``(B,)`` int64. Classes may be missing from the batch: their regions take part all the same.
-        consistency, classification, separation: weights >= 0; what has weight 0 is not computed, and is 0.
+        consistency, classification, separation, containment: weights >= 0; what has weight 0 is not computed, and is 0.
         rate: c of ``psi = c V``, per unit of time.
         temperature, margin: as above; > 0 and >= 0.
         n_rays: rays of each class, rounded up to a multiple of N.
@@ -72,15 +77,21 @@ def zubov_losses(
         generator: of rays and shares.
 
     Returns:
-        Three scalars. Differentiable once: exact gradients of these numbers, boundary points move with the parameters.
+        Four scalars. Differentiable once: exact gradients of these numbers, boundary points move with the parameters.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and what was expected; states or right-hand sides are not
             finite; all states of a batch of several classes have the same V (collapsed); V does not reach 1.
 
-    Source: arXiv 2509.21879 for the three losses; their equations are our reading.
+    Source: arXiv 2509.21879 for the first three; their equations are our reading, and containment is ours.
     """
-    for name, weight in (("consistency", consistency), ("classification", classification), ("separation", separation)):
+    weights = {
+        "consistency": consistency,
+        "classification": classification,
+        "separation": separation,
+        "containment": containment,
+    }
+    for name, weight in weights.items():
         _checks.number(name, weight)
         if weight < 0:
             raise ValueError(f"{name}={weight!r} is negative, expected a weight >= 0")
@@ -103,7 +114,7 @@ def zubov_losses(
         raise ValueError("lyapunov has one class, expected two or more, or classification=0 and separation=0")
     with torch.autocast(trajectory.device.type, enabled=False):
         coefficients = lyapunov.coefficients()
-        losses = dict.fromkeys(("consistency", "classification", "separation"), trajectory.new_zeros(()))
+        losses = dict.fromkeys(weights, trajectory.new_zeros(()))
         if consistency or separation:
             steps = trajectory.shape[0] - 1
             n_rays = -(-n_rays // steps) * steps
@@ -120,6 +131,9 @@ def zubov_losses(
             losses["classification"] = classification * entropy
         if separation:
             losses["separation"] = separation * _separation(lyapunov, coefficients, boundary, margin)
+        if containment:
+            first = lyapunov.values(coefficients, lyapunov.offsets(trajectory[0])).gather(0, labels[None])
+            losses["containment"] = containment * (first - CONTAINED).relu().sum() / max(1, len(labels))
     return losses
 
 

@@ -44,6 +44,7 @@ def markdown(cells: Sequence[Cell], folder: Path) -> str:
         chosen = [cell for cell in cells if isinstance(cell, Images) and cell.part == part]
         if chosen:
             parts.append([f"### {part}", "", *_images(chosen, folder)])
+            parts.append([*_regions([cell for cell in chosen if cell.row == "zubov"], folder)])
     return "\n\n".join("\n".join(lines) for lines in parts) + "\n"
 
 
@@ -85,15 +86,38 @@ def _images(cells: Sequence[Images], folder: Path) -> Iterator[str]:
     yield f"| method | seeds | {' | '.join(heading for heading, _, _ in columns)} | checks held | s / step |"
     yield "|---" * (len(columns) + 4) + "|"
     for method in dict.fromkeys(cell.row for cell in cells):
-        results = [experiments.read(cell, folder) for cell in cells if cell.row == method]
-        found = [result for result in results if result is not None]
+        ended = _found([cell for cell in cells if cell.row == method], folder)
+        found = [result for result in ended if not result["refused"]]
         if not found:
-            yield f"| {method} | 0 | {' | '.join([MISSING] * (len(columns) + 2))} |"
+            what = f"stopped: {ended[0]['refused']}" if ended else MISSING
+            yield f"| {method} | 0 | {' | '.join([what, *[MISSING] * (len(columns) + 1)])} |"
             continue
+        stopped = f" ({len(ended) - len(found)} stopped)" if len(ended) > len(found) else ""
         values = [_percent([v for r in found if (v := _value(r, name, at)) is not None]) for _, name, at in columns]
         held = sum(r["report"]["reliable"] for r in found)
         seconds = statistics.fmean(r["train_seconds"] / r["settings"]["train"]["steps"] for r in found)
-        yield f"| {method} | {len(found)} | {' | '.join(values)} | {held} of {len(found)} | {seconds:.3f} |"
+        yield f"| {method} | {len(found)}{stopped} | {' | '.join(values)} | {held} of {len(found)} | {seconds:.3f} |"
+
+
+def _regions(cells: Sequence[Images], folder: Path) -> Iterator[str]:
+    """What ``experiments`` says of a Zubov-Net's states, mean over seeds."""
+    shares = {
+        "inside_first": "x(0) in own region",
+        "inside_last": "x(T) in own region",
+        "falls": "steps in which own V falls",
+        "arrives": "comes to rest at own x*",
+        "arrives_elsewhere": "at another x*",
+    }
+    yield f"| states of a Zubov-Net | {' | '.join(shares.values())} |"
+    yield "|---" * (len(shares) + 1) + "|"
+    found = [result for result in _found(cells, folder) if not result["refused"]]
+    for name in ("train", "test"):
+        values = [_percent([result["regions"][name][share] for result in found]) for share in shares]
+        yield f"| of {name} images | {' | '.join(values)} |"
+
+
+def _found(cells: Sequence[Cell], folder: Path) -> list[dict[str, Any]]:
+    return [result for cell in cells if (result := experiments.read(cell, folder)) is not None]
 
 
 def _value(found: dict[str, Any], name: str, strength: float) -> float | None:
