@@ -843,6 +843,11 @@ class Faster(zubov.DenseFlow):
         return super().forward(100.0 * input, return_trajectory)
 
 
+class FasterConv(rnf.nn.EulerConvFlow):
+    def forward(self, input: Tensor, return_trajectory: bool = False) -> Tensor:
+        return super().forward(100.0 * input, return_trajectory)
+
+
 class OtherNet(zubov.ZubovNet):
     def features(self, input: Tensor) -> Tensor:
         return 100.0 * super().features(input)
@@ -856,6 +861,8 @@ def test_bad_input_of_the_certificate() -> None:
     forgetful = zubov.ZubovNet(Forgetful(), net.dynamics, net.lyapunov).eval()
     faster = zubov.ZubovNet(net.backbone, Faster(3, 2, 0.1), net.lyapunov).eval()
     other = OtherNet(net.backbone, net.dynamics, net.lyapunov).eval()
+    images, flow = torch.rand(4, 1, 2, 2), FasterConv(1, 2, 0.1)
+    convolutional = zubov.ZubovNet(nn.Identity(), flow, zubov.ConvexLyapunov(4, 3, width=3)).eval()
     for error, match, call in (
         (ValueError, "in training mode", lambda: zubov.margin_radius(copy.deepcopy(net).train(), x, y)),
         (ValueError, "lyapunov.anchor is not finite", lambda: zubov.margin_radius(poisoned, x, y)),
@@ -866,13 +873,53 @@ def test_bad_input_of_the_certificate() -> None:
         (TypeError, "no bound is known for the layer Tanh", lambda: zubov.margin_radius(unknown, x, y)),
         (TypeError, "net is a Linear", lambda: zubov.margin_radius(nn.Linear(2, 2), x, y)),  # type: ignore[arg-type]
         (ValueError, "does not compute what", lambda: zubov.margin_radius(forgetful, x, y)),
-        (TypeError, "no bound is known for the layer Faster", lambda: zubov.margin_radius(faster, x, y)),
+        (TypeError, "net.dynamics is a Faster", lambda: zubov.margin_radius(faster, x, y)),
+        (TypeError, "net.dynamics is a FasterConv", lambda: zubov.margin_radius(convolutional, images, y)),
         (TypeError, "net is a OtherNet, expected a ZubovNet", lambda: zubov.margin_radius(other, x, y)),
         (ValueError, "eps=-1.0 is negative", lambda: zubov.margin_certified(net, x, y, -1.0)),
     ):
         with pytest.raises(error, match=match):
             call()
     assert zubov.margin_radius(net, x[:0], y[:0]).shape == (0,)
+
+
+def test_certificate_refuses_hooks_everywhere_and_methods_that_were_replaced() -> None:
+    """Each of these changes labels within the radius that the functions and layers by themselves would have."""
+    x, y = torch.randn(4, 5), torch.zeros(4).long()
+    for name in ("", "backbone", "dynamics", "lyapunov"):
+        for change in (
+            lambda module: module.register_forward_pre_hook(lambda _, inputs: (30.0 * inputs[0],)),
+            lambda module: module.register_forward_hook(lambda _, inputs, output: torch.sin(40.0 * output)),
+            lambda module: vars(module).update(forward=torch.sin),
+        ):
+            net = dense_net().eval()
+            change(net.get_submodule(name))
+            with pytest.raises(TypeError, match=f"no bound is known for model.*{name}.*a hook or a forward of its own"):
+                zubov.margin_radius(net, x, y)
+    net = dense_net().eval()
+    net.features = lambda input: torch.sin(30.0 * input[:, :3])  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="net does not compute"):
+        zubov.margin_radius(net, x, y)
+
+
+def test_no_certificate_of_lyapunov_functions_rests_on_numbers_that_cancel() -> None:
+    """Softplus is linear so far from 0: exactly, the network's part of V is almost 0; in float64 it is rounding."""
+    torch.manual_seed(5)
+    lyapunov = zubov.ConvexLyapunov(3, 3, width=8, depth=2, eps=0.01)
+    with torch.no_grad():
+        lyapunov.anchor.fill_(60.0)
+        lyapunov.log_scale.fill_(25.0)
+        flow = zubov.DenseFlow(3, 1, 0.1)
+        for parameter in flow.parameters():
+            parameter.zero_()
+    net = zubov.ZubovNet(nn.Flatten(), flow, lyapunov).double().eval()
+    x = torch.randn(300, 3, dtype=torch.float64)
+    squares = (x[:, None] - net.lyapunov.equilibria).square().sum(2)  # of which V is 0.01 times
+    y = squares.argmin(1)
+    distance = net.lyapunov.equilibria[y][:, None] - net.lyapunov.equilibria
+    margin = squares - squares.gather(1, y[:, None])
+    exact = (margin / (2.0 * distance.abs().sum(2))).scatter(1, y[:, None], torch.inf).amin(1)
+    assert bool((zubov.margin_radius(net, x, y) <= exact).all())
 
 
 @DTYPES

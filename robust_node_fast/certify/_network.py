@@ -26,7 +26,8 @@ _KNOWN: tuple[type[nn.Module], ...] = (
 def layers_of(model: nn.Module) -> list[nn.Module]:
     """The layers whose composition is ``model.forward``, the linear head last.
 
-    ``nn.Sequential`` and modules with ``layers()`` are taken apart, also inside one another.
+    ``nn.Sequential`` (no subclass, which may have a forward of its own) and modules with ``layers()`` are taken apart,
+    also inside one another.
 
     Raises:
         TypeError: the model does not say what its layers are.
@@ -45,7 +46,7 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
 
 def flattened(module: nn.Module) -> list[nn.Module]:
     """The layers of a network or of a part of one, itself if it does not say what they are."""
-    if isinstance(module, nn.Sequential):
+    if type(module) is nn.Sequential:
         return [layer for child in module for layer in flattened(child)]
     layers = getattr(module, "layers", None)
     if callable(layers):
@@ -54,17 +55,14 @@ def flattened(module: nn.Module) -> list[nn.Module]:
 
 
 def check_known(layers: Sequence[nn.Module]) -> None:
-    """That the layers are what bounds are known for: a subclass or a hook may compute something else.
+    """That the layers are what bounds are known for: a subclass may compute something else.
 
     Raises:
         TypeError: one is not.
     """
     for layer in layers:
-        name = type(layer).__name__
         if type(layer) not in _KNOWN:
-            raise TypeError(f"no bound is known for the layer {name}")
-        if layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer):
-            raise TypeError(f"no bound is known for the layer {name} with a hook or a forward of its own")
+            raise TypeError(f"no bound is known for the layer {type(layer).__name__}")
 
 
 def in_float64(model: nn.Module) -> nn.Module:
@@ -73,11 +71,17 @@ def in_float64(model: nn.Module) -> nn.Module:
     Parametrised weights (``torch.nn.utils.parametrize``) become plain ones with the values that they have.
 
     Raises:
-        TypeError: the model is no module.
+        TypeError: the model is no module; it, or a module in it, has a hook or a forward of its own, which may compute
+            something else than its class says.
         ValueError: it is in training mode, or a parameter or buffer is not finite.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, expected an nn.Module")
+    for name, module in model.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+            where = f"model's {name}" if name else "model"
+            kind = type(module).__name__
+            raise TypeError(f"no bound is known for {where}, a {kind} with a hook or a forward of its own")
     if any(module.training for module in model.modules()):
         raise ValueError("model is in training mode, expected model.eval(): a certificate is about what is deployed")
     for name, value in model.state_dict().items():
@@ -129,8 +133,8 @@ def same_function(model: nn.Module, layers: Sequence[nn.Module], x: Tensor) -> N
     x = x[:_COMPARED].double()
     if len(x) == 0:
         return
-    deployed = model(x)
-    composed = x
+    deployed = model(x.clone())  # layers may work in place
+    composed = x.clone()
     for layer in layers:
         composed = layer(composed)
     if deployed.shape != composed.shape or not torch.allclose(

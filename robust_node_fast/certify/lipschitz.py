@@ -123,7 +123,10 @@ def lipschitz_radius(model: nn.Module, x: Tensor, y: Tensor, *, p: str, batch_si
     distances = torch.linalg.vector_norm(head.weight[:, None] - head.weight[None], dual, dim=2)
     found = []
     for part, labels in zip(torch.split(x, batch_size), torch.split(y, batch_size), strict=True):
-        logits, largest = part.double(), torch.ones(len(part), 1, dtype=torch.float64, device=part.device)
+        logits, largest = (
+            part.to(torch.float64, copy=True),
+            torch.ones(len(part), 1, dtype=torch.float64, device=part.device),
+        )
         for layer in layers:
             largest = torch.maximum(largest, _network.largest_in(layer, logits))
             logits = layer(logits)

@@ -12,7 +12,9 @@ and its slope grow with the pre-activation, so that their ends are the ends'. Th
 ``sum_l B_l' v_l`` with ``v_l = slope_l * (P_l' v_{l+1})``, not negative, carried in the same way. The quadratic terms'
 gradients differ by ``2 eps (x*_y - x*_j)``, whatever the state.
 
-Everything is in float64; the final comparison asks for 1e-9 more than the bounds, as in ``certify``.
+Everything is in float64; what cannot be told from rounding there, 1e-9 of the largest numbers that V and its gradient
+add up, is taken off the margin and added to the box. The certificate is about the network in exact arithmetic: in
+float32 a label may change earlier, within the rounding of the logits.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 
 from robust_node_fast import _checks
 from robust_node_fast.certify import _network, lipschitz
+from robust_node_fast.nn import EulerConvFlow
 from robust_node_fast.zubov.lyapunov import Coefficients, ConvexLyapunov
 from robust_node_fast.zubov.network import DenseFlow, ZubovNet
 from robust_node_fast.zubov.softplus import softplus_increment
@@ -46,7 +49,8 @@ def margin_radius(net: ZubovNet, x: Tensor, y: Tensor, *, p: str = "inf", batch_
         0 where the prediction is not y; inf where nothing can change it.
 
     Raises:
-        TypeError, ValueError: naming the argument, its value and what was expected; a layer without a bound.
+        TypeError, ValueError: naming the argument, its value and what was expected; a layer without a bound; a subclass
+            or a hook anywhere, which may compute something else.
 
     Source: arXiv 2509.21879 v2 has a certified margin; this bound is ours (module docstring).
     """
@@ -55,15 +59,19 @@ def margin_radius(net: ZubovNet, x: Tensor, y: Tensor, *, p: str = "inf", batch_
         raise TypeError(f"net is a {type(net).__name__}, expected a ZubovNet")
     if type(net.lyapunov) is not ConvexLyapunov:
         raise TypeError(f"net.lyapunov is a {type(net.lyapunov).__name__}, expected a ConvexLyapunov")
+    if type(net.dynamics) not in (DenseFlow, EulerConvFlow):
+        raise TypeError(f"net.dynamics is a {type(net.dynamics).__name__}, expected a DenseFlow or an EulerConvFlow")
     _checks.choice("p", p, _checks.DUALS)
     _checks.count("batch_size", batch_size)
     net = _network.in_float64(net)  # type: ignore[assignment]
     _check_samples(net, x, y)
     _network.same_function(net.backbone, _network.flattened(net.backbone), x)
+    _same_logits(net, x)
     constant = lipschitz_constant(net, p)
     found = [torch.zeros(0, dtype=torch.float64, device=x.device)]
     for part, labels in zip(torch.split(x, batch_size), torch.split(y, batch_size), strict=True):
-        state, largest = part.double(), torch.ones(len(part), 1, dtype=torch.float64, device=part.device)
+        state = part.to(torch.float64, copy=True)  # layers may work in place
+        largest = torch.ones(len(part), 1, dtype=torch.float64, device=part.device)
         for layer in (*_network.flattened(net.backbone), net.dynamics):
             largest = torch.maximum(largest, _network.largest_in(layer, state))
             state = layer(state)
@@ -109,7 +117,8 @@ def _state_radius(lyapunov: ConvexLyapunov, state: Tensor, y: Tensor, p: str, la
     coefficients = lyapunov.coefficients()
     offset = lyapunov.offsets(state)
     value = lyapunov.values(coefficients, offset).T
-    margin = value - value.gather(1, y[:, None]) - _network.ROUNDING * (largest + value.abs().amax(1, keepdim=True))
+    lost = _network.ROUNDING * _summands(lyapunov, coefficients, state, largest)
+    margin = value - value.gather(1, y[:, None]) - lost - lost.gather(1, y[:, None])
     margin = margin.scatter(1, y[:, None], torch.inf)
 
     def reach(rho: Tensor) -> Tensor:
@@ -123,6 +132,28 @@ def _state_radius(lyapunov: ConvexLyapunov, state: Tensor, y: Tensor, p: str, la
         kept = reach(middle) >= middle
         low, high = torch.where(kept, middle, low), torch.where(kept, high, middle)
     return torch.where(margin.amin(1) > 0, low, 0.0)
+
+
+def _summands(lyapunov: ConvexLyapunov, coefficients: Coefficients, state: Tensor, largest: Tensor) -> Tensor:
+    """At least what ``V_k`` adds up, where errors of the states, as large as ``largest``, count too: ``(B, K)``."""
+    weight, _, readout, _, gradient = coefficients
+    size = state.abs() + lyapunov.equilibria[:, None].abs() + largest  # (K, B, dim): of what offsets come from
+    drive = torch.unflatten(weight.abs() @ size.mT, 1, (lyapunov.depth, lyapunov.width)).amax(2).sum(1)
+    linear = (size @ gradient.abs()).squeeze(-1)
+    return (1.0 + drive * readout.sum((1, 2))[:, None] + linear + lyapunov.eps * size.square().sum(-1)).T
+
+
+def _same_logits(net: ZubovNet, x: Tensor) -> None:
+    """That ``net`` computes what is certified, for the first samples of ``x``."""
+    few = x[:32].to(torch.float64, copy=True)
+    if len(few):
+        value = net.lyapunov.values(
+            net.lyapunov.coefficients(), net.lyapunov.offsets(net.dynamics(net.backbone(few)).flatten(1))
+        )
+        expected = -value.T / net.temperature
+        found = net(x[:32].to(torch.float64, copy=True))
+        if not torch.allclose(found, expected, rtol=1e-6, atol=1e-6 * (1.0 + expected.abs().max().item())):
+            raise ValueError("net does not compute -V(dynamics(backbone(x))) / temperature: no certificate is possible")
 
 
 def _pair_slopes(
@@ -157,8 +188,9 @@ def _gradient_box(
             through.append(slopes[i] * (attention[i].mT @ through[-1]))
         ends.append(torch.cat(through[::-1], 1))
     rising, falling = weight.clamp_min(0.0).mT, weight.clamp_max(0.0).mT
-    low = rising @ ends[0] + falling @ ends[1] - gradient
-    high = rising @ ends[1] + falling @ ends[0] - gradient
+    lost = _network.ROUNDING * (weight.abs().mT @ ends[1] + gradient.abs())
+    low = rising @ ends[0] + falling @ ends[1] - gradient - lost
+    high = rising @ ends[1] + falling @ ends[0] - gradient + lost
     return low.mT, high.mT
 
 
