@@ -287,6 +287,50 @@ def test_boundary_of_ordinary_functions_within_the_stated_tolerance(partial: boo
     assert (lyapunov.per_class(points) - 1).abs().max() <= 2 * tolerance  # V's own rounding is in this one
 
 
+def test_boundary_of_functions_whose_parts_cancel() -> None:
+    """Where rounding makes the slope along a ray negative the tangent leads anywhere: up to V = 1e8 it did."""
+    generator = torch.Generator().manual_seed(174)
+
+    def draw(least: float, most: float) -> float:
+        return least + (most - least) * float(torch.rand((), generator=generator))
+
+    for seed in range(60):
+        torch.manual_seed(seed)
+        lyapunov = zubov.ConvexLyapunov(2, 2, width=8, depth=2, eps=10.0 ** draw(-4.0, 0.0))
+        with torch.no_grad():
+            lyapunov.log_scale.fill_(draw(0.0, 4.0))
+            lyapunov.input_weight.mul_(10.0 ** draw(0.0, 1.5))
+            lyapunov.anchor.add_(draw(0.0, 30.0))
+            offset = zubov.sample_boundary(lyapunov, 16) - lyapunov.equilibria[:, None]
+            value = lyapunov.values(lyapunov.coefficients().double(), offset.double())
+        assert float((value - 1.0).abs().max()) < 2e-3, seed
+
+
+def test_equilibria_and_precision_are_checked_at_once() -> None:
+    with pytest.raises(ValueError, match="equilibria is not finite"):
+        zubov.ConvexLyapunov(2, 2, equilibria=torch.full((2, 2), torch.nan))
+    with pytest.raises(TypeError, match=r"dtype=torch\.float16 is unknown, expected float32 or float64"):
+        zubov.ConvexLyapunov(2, 2, dtype=torch.float16)
+    lyapunov = functions()
+    with torch.no_grad():
+        lyapunov.equilibria[0, 0] = torch.inf
+    with pytest.raises(ValueError, match="the equilibria are not finite"):
+        zubov.sample_boundary(lyapunov, 3)
+
+
+def test_derivative_where_rounding_is_all_that_is_left_of_an_increment() -> None:
+    """As jvp of the function as it is: where the increment is clipped to 0 it does not change either."""
+    lyapunov = zubov.ConvexLyapunov(3, 4, width=8, depth=2)
+    with torch.no_grad():
+        lyapunov.anchor.fill_(20.0)
+    x, dx = lyapunov.equilibria[0] + torch.randn(40, 3), torch.randn(40, 3)
+    found = zubov.value_and_derivative(lyapunov, x, dx)[1]
+    clipped = lyapunov(x) <= lyapunov.eps * (x[:, None] - lyapunov.equilibria).square().sum(2) * (1.0 + 1e-6)
+    assert int(clipped.sum()) > 0
+    expected = 2.0 * lyapunov.eps * ((x[:, None] - lyapunov.equilibria) * dx[:, None]).sum(2)
+    assert_close(found[clipped].detach(), expected[clipped].detach(), 1e-5)
+
+
 def test_boundary_against_a_loop_over_rays() -> None:
     lyapunov = functions(k=3, partial=True)
     found, expected = (

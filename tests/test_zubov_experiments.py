@@ -336,7 +336,7 @@ def test_image_cell_end_to_end(tmp_path: Path) -> None:
     assert found["autoattack"] == {"0.5": 0.0}
     assert found["margin"]["0.5"] <= 0.25
     for shares in found["regions"].values():
-        assert shares.keys() == {"inside_first", "inside_last", "falls", "arrives", "arrives_elsewhere"}
+        assert shares.keys() == {"inside_first", "inside_last", "falls", "stays", "arrives"}
         assert 0.0 <= min(shares.values()) <= max(shares.values()) <= 1.0
 
 
@@ -351,11 +351,11 @@ def test_what_is_said_of_states_is_what_they_do() -> None:
     field = net.vector_field
     net.vector_field = lambda states: field(states) - states  # type: ignore[method-assign]
     with torch.no_grad():
-        net.lyapunov.equilibria.add_(5.0)[4] = 0.0
+        net.lyapunov.equilibria.add_(50.0)[4] = 0.0
     found = experiments._regions(net, DIGITS)["test"]
     share = float((DIGITS.test_labels == 4).double().mean())
+    assert found["stays"] == pytest.approx(share)
     assert found["arrives"] == pytest.approx(share)
-    assert found["arrives_elsewhere"] == pytest.approx(1.0 - share)
     assert found["falls"] == 0.0  # the network's own steps stand still
 
 

@@ -11,6 +11,7 @@ from robust_node_fast.zubov.lyapunov import Coefficients, ConvexLyapunov
 __all__ = ["sample_boundary"]
 
 _TOLERANCE = 2.5e-13  # of V, relative to the level
+_WRONG = 1e-3  # of V, relative to the level: a point that is no point of the boundary
 _LARGEST = 2.0**20  # radius at which a ray is given up
 _ITERATIONS = 60  # at the latest; five are usual
 
@@ -37,8 +38,9 @@ def sample_boundary(
         ``dx = dx* - u dV / (grad V . u)``, dV at a fixed offset, in all parameters, learned equilibria among them.
 
     Raises:
-        TypeError, ValueError: naming the argument, its value and what was expected; V is not finite; V stays below the
-            level up to a radius of ``2^20`` along some ray (V as flat as that has collapsed).
+        TypeError, ValueError: naming the argument, its value and what was expected; V or an equilibrium is not finite;
+            V stays below the level up to a radius of ``2^20`` along some ray (V as flat as that has collapsed); V is
+            not within 0.1% of the level anywhere for rounding.
 
     Source: the name and the purpose are arXiv 2509.21879's (parallel boundary sampling); the method is ours.
     """
@@ -46,6 +48,8 @@ def sample_boundary(
         raise TypeError(f"lyapunov is a {type(lyapunov).__name__}, expected a ConvexLyapunov")
     _checks.count("n_rays", n_rays)
     _checks.number("level", level)
+    if not bool(lyapunov.equilibria.isfinite().all()):
+        raise ValueError("the equilibria are not finite, expected finite states")
     if level <= 0:
         raise ValueError(f"level={level!r} is not positive, expected a float > 0")
     with torch.autocast(lyapunov.equilibria.device.type, enabled=False):
@@ -64,7 +68,8 @@ def boundary_offsets(
     like = lyapunov.equilibria
     shape = (lyapunov.num_classes, n_rays, lyapunov.dim)
     direction = torch.randn(shape, dtype=like.dtype, device=like.device, generator=generator)
-    direction = direction / torch.linalg.vector_norm(direction, dim=-1, keepdim=True)
+    length = torch.linalg.vector_norm(direction, dim=-1, keepdim=True)
+    direction = torch.where(length > 0, direction / length, lyapunov.dim**-0.5)  # in one dimension a 0 may be drawn
     with torch.no_grad():
         radius, slope = (t.to(like.dtype) for t in _radii(lyapunov, coefficients.double(), direction.double(), level))
     if torch.is_grad_enabled():
@@ -85,12 +90,14 @@ def _radii(
     low, high = torch.zeros_like(radius), torch.full_like(radius, _LARGEST)
     for left in reversed(range(_ITERATIONS)):
         value, slope = lyapunov.values_and_derivatives(coefficients, radius.unsqueeze(-1) * direction, direction)
-        # V is convex and V(0) = 0: the chord through 0 bounds the root on one side, the tangent from above.
+        # V is convex and V(0) = 0: the chord through 0 bounds the root on one side, the tangent from above; and the
+        # tangent is at least as steep as the chord, which rounding may have made less.
         chord = radius * (level / value)
+        slope = torch.maximum(slope, value / radius)
         outside = value > level
         low = torch.maximum(low, torch.where(outside, chord, radius))
         high = torch.minimum(high, torch.where(outside, radius, chord))
-        high = torch.minimum(high, radius + (level - value) / slope)
+        high = torch.maximum(torch.minimum(high, radius + (level - value) / slope), low)
         power = (radius * slope / value).clamp_min(1.0)
         guess = radius * (level / value) ** power.reciprocal()
         guess = torch.where(guess > low, torch.minimum(guess, high), (low * high).sqrt())
@@ -99,11 +106,11 @@ def _radii(
         if left == 0 or not bool(off.any()):
             break
         radius = torch.where(off, guess, radius)
-    _report(value, radius, level)
+    _report(value, radius, level, lyapunov.equilibria.dtype)
     return radius, slope
 
 
-def _report(value: Tensor, radius: Tensor, level: float) -> None:
+def _report(value: Tensor, radius: Tensor, level: float, kind: torch.dtype) -> None:
     lost = ~(value.isfinite() & radius.isfinite())
     if bool(lost.any()):
         raise ValueError(f"V is not finite along {_rays(lost)}, expected finite Lyapunov functions")
@@ -112,6 +119,12 @@ def _report(value: Tensor, radius: Tensor, level: float) -> None:
         raise ValueError(
             f"V stays below level={level!r} up to a radius of {_LARGEST:g} along {_rays(flat)}, expected functions "
             f"that reach it: they are nearly constant, or eps is too small"
+        )
+    lost = (value - level).abs() > _WRONG * level
+    if bool(lost.any()):
+        raise ValueError(
+            f"V cannot be told from its rounding where it should be level={level!r} along {_rays(lost)}, expected "
+            f"functions whose parts do not cancel: their scale is too large for {kind}"
         )
 
 

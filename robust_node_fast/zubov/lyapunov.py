@@ -89,6 +89,8 @@ class ConvexLyapunov(nn.Module):
         super().__init__()
         for name, value in (("dim", dim), ("num_classes", num_classes), ("width", width), ("depth", depth)):
             _checks.count(name, value)
+        if dtype not in (None, torch.float32, torch.float64):
+            raise TypeError(f"dtype={dtype} is unknown, expected float32 or float64")
         _checks.number("eps", eps)
         if eps <= 0:
             raise ValueError(f"eps={eps!r} is not positive, expected a float > 0: without it V can be constant")
@@ -113,6 +115,8 @@ class ConvexLyapunov(nn.Module):
                 raise ValueError(
                     f"equilibria has shape {tuple(equilibria.shape)}, expected {(num_classes, dim)}: (K, dim)"
                 )
+            if not bool(equilibria.isfinite().all()):
+                raise ValueError("equilibria is not finite, expected finite states")
             kind = self.anchor
             self.register_buffer("equilibria", equilibria.detach().to(kind.device, kind.dtype, copy=True))
         inputs = [dim, *[width] * (depth - 1)] if partial else []
@@ -192,6 +196,7 @@ class ConvexLyapunov(nn.Module):
         both = torch.cat([offset, tangent.expand_as(offset)], 1)
         increment, rate = self._increment(coefficients, both, softplus_increment_and_tangent).chunk(2, 1)
         value = increment.relu() + self.eps * offset.square().sum(-1)
+        rate = torch.where(increment > 0, rate, 0.0)  # else rounding is all that there is, and V does not have it
         return value, rate + 2.0 * self.eps * (offset * tangent).sum(-1)
 
     def _increment(

@@ -105,8 +105,8 @@ def _regions(cells: Sequence[Images], folder: Path) -> Iterator[str]:
         "inside_first": "x(0) in own region",
         "inside_last": "x(T) in own region",
         "falls": "steps in which own V falls",
-        "arrives": "comes to rest at own x*",
-        "arrives_elsewhere": "at another x*",
+        "stays": "in own region at time 40",
+        "arrives": "own V < 0.1 at time 40",
     }
     yield f"| states of a Zubov-Net | {' | '.join(shares.values())} |"
     yield "|---" * (len(shares) + 1) + "|"
