@@ -38,6 +38,7 @@ from torch import Tensor
 from robust_node_fast import _ops, backend_info, functional, reference
 
 ULPS = 8
+HALF = (torch.bfloat16, torch.float16)
 FLOAT64_TOLERANCE = 1e-12
 
 
@@ -54,6 +55,14 @@ def assert_as_accurate(
         unit = FLOAT64_TOLERANCE if dtype == torch.float64 else ULPS * info.eps
         allowed += unit * scale + info.smallest_normal  # results below the normal numbers have no relative precision
     assert error <= allowed, f"{what}: error {error:.3e}, allowed {allowed:.3e}"
+    if dtype in HALF and exact.numel() >= 64:
+        # Eight of its units are 6% in bfloat16: a systematic error shows in the mean square, in which rounding does not
+        # add up.
+        ours_rms, theirs_rms, exact_rms = (
+            float(t.double().square().mean().sqrt()) for t in (ours - exact, same_dtype - exact, exact)
+        )
+        allowed = factor * theirs_rms + 0.5 * info.eps * exact_rms + info.smallest_normal
+        assert ours_rms <= allowed, f"{what}: error {ours_rms:.3e} in the mean square, allowed {allowed:.3e}"
 
 
 @dataclass(frozen=True)
@@ -275,7 +284,8 @@ def test_activation_does_not_overflow_where_the_formula_does() -> None:
     naive = 0.1 * input + 0.9 * torch.log(1 + torch.exp(input))
     assert naive[:3].isinf().all()
     assert_finite(functional.smooth_leaky_relu(input))
-    assert_close(functional.smooth_leaky_relu(input), torch.where(input > 0, input, 0.1 * input), 1e-6, scale=3e38)
+    expected = torch.where(input > 0, input, 0.1 * input)
+    assert float(((functional.smooth_leaky_relu(input) - expected) / expected).abs().max()) < 1e-6
 
 
 @pytest.mark.parametrize("negative_slope", [0.01, 0.1, 0.5, 1.0, 2.0])
@@ -398,18 +408,23 @@ def test_penalty_and_its_gradient(
     )}  # fmt: skip
     assert value_of["ours"].shape == value_of["exact"].shape
     assert value_of["ours"].dtype == dtype
-    assert_as_accurate(value_of["ours"], value_of["same"], value_of["exact"], terms * count, "penalty")
+    # In 16 bits all is added up in float32 and rounded once.
+    inner = torch.float32 if dtype in HALF else dtype
+    error, theirs = (max_error(value_of[name], value_of["exact"]) for name in ("ours", "same"))
+    unit = FLOAT64_TOLERANCE if dtype == torch.float64 else ULPS * torch.finfo(inner).eps
+    rounded = torch.finfo(dtype).eps * float(value_of["exact"].abs().max()) + torch.finfo(dtype).smallest_normal
+    assert error <= 2.0 * theirs + unit * terms * count + rounded, (error, theirs, terms * count)
 
     m, r, _ = reference.filter_sums(exact_weight)
     kinks = [argument] + ([2 * m + r] if norm == "2-sharp" else [])
     # Where a hinge argument is within rounding of its kink, either side is right.
-    if all((kink.abs() > 1e3 * torch.finfo(dtype).eps * terms).all() for kink in kinks):
+    if all((kink.abs() > 1e3 * torch.finfo(inner).eps * terms).all() for kink in kinks):
         grad_output = torch.rand(value_of["exact"].shape, dtype=torch.float64)
         grads = [
             gradients(lambda w, m=module: call(m, w), [w], grad_output.to(dtype if w is weight else torch.float64))[1]
             for module, w in ((functional, weight), (reference, weight), (reference, exact_weight))
         ]
-        assert_as_accurate(*grads, 8 * slope[1], "grad of penalty")
+        assert_as_accurate(*grads, 0.0, "grad of penalty")
 
 
 @given(
