@@ -28,11 +28,14 @@ COMPARED = (
 )
 RULES = (
     "Networks are named START/PENALTY: the start of the filters, and the norm of the penalty in training. "
-    f"Clean accuracy holds if it is no more than {CLOSE:g} points lower. A gain holds if it falls no more than "
-    f"{CLOSE:g} points short of the claimed one, and in part if it is at least {CLOSE:g} points; of several tests the "
-    "one with the largest gain counts. Attacks found on the vanilla network of the same start do not break a network "
-    f"that keeps half of the images it classifies rightly at l_inf radius {TRANSFER_AT:g}. A network is insensitive to "
-    f"rho if no two means are more than {CLOSE:g} points apart."
+    f"Clean accuracy holds if it is no more than {CLOSE:g} points below 98%. A gain holds if it falls no more than "
+    f"{CLOSE:g} points short of the claimed one, and in part if it is at least {CLOSE:g} points. The claims are about "
+    "the best of several tests (up to ...), so the one with the largest gain counts; the smallest gain stands beside "
+    "it. Attacks found on the vanilla network of the same start (the paper's vanilla network has another start) do not "
+    f"break a network that keeps half of the images it classifies rightly at l_inf radius {TRANSFER_AT:g}; every "
+    "iterate is tried on it, which is harder than the last one alone. A network is insensitive to rho if no two means "
+    f"are more than {CLOSE:g} points apart, of clean images and under Gaussian noise of sigma 0.2, over the seeds that "
+    "every rho has. A verdict that rests on fewer than three seeds is not in bold."
 )
 
 
@@ -68,7 +71,7 @@ def verdicts(rows: Rows, dataset: str) -> Iterator[Verdict]:
     for compared, contractive, vanilla in COMPARED:
         names = f"{compared}: {_short(contractive)} against {_short(vanilla)}"
         if dataset == "mnist":
-            yield _clean(rows, names, contractive)
+            yield _clean(rows, f"{compared}: {_short(contractive)}", contractive)
         yield _largest_gain(rows, "up to 34 points more under noise", names, contractive, vanilla, NOISES, 34.0)
         yield _largest_gain(rows, "up to 30 points more under FGSM and PGD", names, contractive, vanilla, ATTACKS, 30.0)
         if dataset == "mnist":
@@ -105,6 +108,8 @@ def _largest_gain(
         ours, theirs = map(statistics.fmean, zip(*measured, strict=True))
         found.append((ours - theirs, f"{ours - theirs:+.1f} ({_test(*test)}: {ours:.1f}% against {theirs:.1f}%)"))
     gain, what = max(found)
+    if len(found) > 1:
+        what += f"; the smallest of {len(found)}: {min(found)[1]}"
     verdict = "holds" if gain >= claimed - CLOSE else "in part" if gain >= CLOSE else "no"
     return Verdict(claim, compared, len(measured), what, verdict)
 
@@ -128,13 +133,16 @@ def _insensitive(rows: Rows, init: str) -> Verdict:
     names = [f"rho/{init}/{rate:g}" for rate in RATES]
     if any(name not in rows for name in names):
         return _missing(claim, compared)
+    seeds = set.intersection(*(set(accuracies(rows[name], "clean")) for name in names))
+    if not seeds:
+        return _missing(claim, compared)
     spreads = {}
     for test in (("clean", 0.0), ("gaussian", 0.2)):
-        means = [statistics.fmean(accuracies(rows[name], *test).values()) for name in names]
+        by_seed = [accuracies(rows[name], *test) for name in names]
+        means = [statistics.fmean(accuracy[seed] for seed in seeds) for accuracy in by_seed]
         spreads[_test(*test)] = max(means) - min(means)
     found = ", ".join(f"{test}: {spread:.1f} points apart" for test, spread in spreads.items())
-    seeds = min(len(rows[name]) for name in names)
-    return Verdict(claim, compared, seeds, found, "holds" if max(spreads.values()) <= CLOSE else "no")
+    return Verdict(claim, compared, len(seeds), found, "holds" if max(spreads.values()) <= CLOSE else "no")
 
 
 def _missing(claim: str, compared: str) -> Verdict:
