@@ -396,9 +396,12 @@ def evaluate(
                 _fail(f"{folder} cannot be evaluated: {error}", 1)
         title = f"{config.dataset}, {config.title}"
         with training.writing(folder):
-            (folder / "report.md").write_text(f"# {title}\n\n{report.to_markdown()}")
-            (folder / "report.json").write_text(report.to_json())
-            (folder / "report.html").write_text(report.to_html(title), encoding="utf-8")
+            for name, text in (
+                ("report.md", f"# {title}\n\n{report.to_markdown()}"),
+                ("report.json", report.to_json()),
+                ("report.html", report.to_html(title)),
+            ):
+                replace_file(folder / name, text.encode())
             report.plot(folder / "report.png")
         _print_report(f"{title} ({folder})", report)
 
@@ -464,7 +467,7 @@ def certify(
             except (TypeError, ValueError) as error:
                 _fail(f"{folder} cannot be certified: {error}", 1)
         with training.writing(folder):
-            (folder / f"certificate_{norm}.json").write_text(found.to_json())
+            replace_file(folder / f"certificate_{norm}.json", found.to_json().encode())
         if as_json:
             print(found.to_json())
         else:
@@ -548,9 +551,7 @@ def cifar(
     seeds: Annotated[int, typer.Option(min=1, help="Number of training seeds.")] = 1,
     epochs: Annotated[int | None, typer.Option(help="Passes over the training set.", show_default="40")] = None,
     train_samples: Annotated[int | None, typer.Option(help="First training images.", show_default="all")] = None,
-    attack_samples: Annotated[
-        int, typer.Option(min=1, help="First test images, for attacks and certificates only.")
-    ] = 1000,
+    attack_samples: Annotated[int, typer.Option(min=1, help="First test images, for attacks only.")] = 1000,
     out_folder: Annotated[Path, typer.Option("--out", help="Folder for everything.")] = Path("runs/reproduce-cifar10"),
     page: Annotated[Path | None, typer.Option(help="Markdown file.", show_default="summary.md in --out")] = None,
     data_root: Annotated[
@@ -569,8 +570,10 @@ def cifar(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     _choose(backend)
-    results = _computed(cells, out_folder, data.load("cifar10", data_root))
     path = page or out_folder / "summary.md"
+    with training.writing(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)  # before hours of work rather than after them
+    results = _computed(cells, out_folder, data.load("cifar10", data_root))
     picture = path.with_suffix(".png")
     with training.writing(path.parent):
         replace_file(path, reproduction.cifar_markdown(cells, results, picture.name).encode())
@@ -621,6 +624,9 @@ def summary(
 
     Beside it, once there is a network trained for certificates, a picture: what attacks leave and what is certified.
     """
+    for folder in folders:
+        if not any(folder.glob("cells/*.json")):
+            raise typer.BadParameter(f"{folder} has no cells, expected folders of `rnf reproduce cnode`")
     cells = [cell for dataset in ("mnist", "fashionmnist") for cell in reproduction.cells(dataset, seeds=seeds)]
     found = [(cell, reproduction.read(cell, folder)) for cell in cells for folder in folders]
     results = {cell.name: result for cell, result in found if result is not None}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from robust_node_fast import models, robustness
+from robust_node_fast.robustness import suite
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +90,6 @@ def test_square_is_as_strong_as_its_authors(problem: tuple[nn.Module, Tensor, Te
     ours = survivors(robustness.square(model, images, labels, eps, n_queries=n_queries, generator=torch.Generator()))
     with torch.random.fork_rng(), torch.no_grad():  # it seeds the global generator
         authors = SquareAttack(model, norm="Linf", n_queries=n_queries, eps=eps, p_init=0.8, seed=0, device="cpu")
-        authors.resc_schedule = False
         theirs = survivors(authors.perturb(images, labels))
     assert 0 < theirs < 120
     assert abs(ours - theirs) <= 12, (ours, theirs)
@@ -146,11 +146,30 @@ def test_autoattack_is_the_authors_ensemble(norm: str, problem: tuple[nn.Module,
 def test_autoattack_refuses_what_its_code_cannot_do(problem: tuple[nn.Module, Tensor, Tensor]) -> None:
     pytest.importorskip("pyautoattack", reason="pyautoattack is not installed (requirements-dev.txt)")
     model, images, labels = problem
-    with pytest.raises(TypeError, match=r"torch\.float64, AutoAttack computes in torch\.float32"):
-        robustness.autoattack(model, images, labels, 0.1, generator=torch.Generator())
     three = models.MNISTNode(image_size=8, n_steps=2, num_classes=3).eval()
-    with pytest.raises(ValueError, match="the model has 3 classes, AutoAttack needs at least 4"):
-        robustness.autoattack(three, torch.rand(2, 1, 8, 8), torch.zeros(2).long(), 0.1, generator=torch.Generator())
+    small = nn.Sequential(nn.Flatten(), nn.Linear(16, 5)).eval()
+    for network, x, y, norm, match in (
+        (model, images, labels, "inf", r"AutoAttack computes in torch\.float32, images are torch\.float64"),
+        (three, torch.rand(2, 1, 8, 8), labels[:2] % 3, "inf", "AutoAttack needs at least 4 classes, the model has 3"),
+        (small, torch.rand(2, 1, 4, 4), labels[:2] % 5, "2", "AutoAttack in l_2 needs images of 5 pixels a side"),
+        (small, torch.rand(2, 1, 4, 4), torch.tensor([0, 5]), "inf", "data has label 5"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            robustness.autoattack(network, x, y, 0.1, norm=norm, generator=torch.Generator())
+    with torch.no_grad():
+        small[1].bias.add_(torch.inf)
+    with pytest.raises(ValueError, match=r"not finite"):
+        robustness.autoattack(small, torch.rand(2, 1, 4, 4), torch.zeros(2).long(), 0.1, generator=torch.Generator())
+
+
+def test_the_full_suite_leaves_autoattack_out_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("pyautoattack", reason="pyautoattack is not installed (requirements-dev.txt)")
+    few = suite.Suite((), (suite._fgsm("inf"), suite._pgd(n_steps=2), suite._autoattack("inf")))
+    monkeypatch.setitem(suite.SUITES, "full", few)
+    three = models.MNISTNode(image_size=8, n_steps=2, num_classes=3).eval()
+    found = robustness.evaluate(three, (torch.rand(4, 1, 8, 8), torch.arange(4) % 3), suite="full", eps=0.1)
+    assert found.notes == ("AutoAttack needs at least 4 classes, the model has 3.",)
+    assert "autoattack" not in {result.name for result in found.results}
 
 
 def test_autoattack_of_fewer_than_ten_classes() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -657,6 +658,7 @@ def test_autoattack_does_not_hide_that_gradients_are_masked(monkeypatch: pytest.
 
     monkeypatch.setattr(auto_attack, "autoattack", by_square)
     monkeypatch.setattr(auto_attack, "available", lambda: True)
+    monkeypatch.setattr(auto_attack, "refusal", lambda *_: "")  # of two classes
     few = suite.Suite((), (suite._fgsm("inf"), suite._pgd(n_steps=2), suite._square(300), suite._autoattack("inf")))
     monkeypatch.setitem(suite.SUITES, "full", few)
     found = robustness.evaluate(model, (images, labels), suite="full", eps=0.1)
@@ -700,7 +702,8 @@ def test_transfer_from_another_model(trained: nn.Module, digits: data.Dataset) -
     assert abs(own - again) <= 3 / 60
     assert own < found.accuracy("pgd on other", 0.2)
     right = trained(images).argmax(1) == labels
-    options: dict[str, Any] = {"step_size": 2.5 * 0.2 / 10, "n_steps": 10, "target": trained, "generator": generator()}
+    start = tally.random_numbers(0, "pgd on other", "l_inf eps", 0.2)
+    options: dict[str, Any] = {"step_size": 2.5 * 0.2 / 10, "n_steps": 10, "target": trained, "generator": start}
     attacked = robustness.pgd(other, images[right], labels[right], 0.2, **options)
     stands = int((trained(attacked).argmax(1) == labels[right]).sum())
     assert found.accuracy("pgd on other", 0.2) == stands / 60 < int(right.sum()) / 60
@@ -756,9 +759,35 @@ def test_certificates_are_sought_where_the_smaller_radius_has_one() -> None:
     assert [found.accuracy("certified", eps) for eps in (0.01, 0.02, 0.03)] == [2 / 21] * 3
 
 
-@pytest.mark.parametrize("broken", [None, "truncated", "another model", "another call"])
+def few_certified(model: nn.Module, images: Tensor, labels: Tensor, eps: float) -> Tensor:
+    return labels < 1
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        None,
+        "truncated",
+        "another model",
+        "another attribute of the model",
+        "another source",
+        "other images",
+        "other labels",
+        {"eps": 0.2},
+        {"seeds": (1,)},
+        {"certify": few_certified},
+        {"certify": None},
+        {"attack_samples": 12},
+        {"batch_size": 10},
+    ],
+    ids=str,
+)
 def test_an_evaluation_goes_on_where_it_was_killed(
-    broken: str | None, trained: nn.Module, digits: data.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    broken: str | dict[str, Any] | None,
+    trained: nn.Module,
+    digits: data.Dataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(tally, "SAVE_SECONDS", 0.0)
     path = tmp_path / "evaluation.safetensors"
@@ -778,13 +807,25 @@ def test_an_evaluation_goes_on_where_it_was_killed(
     model, expected, left = trained, whole, [20]
     if broken is not None:
         left = [5, 10, 15, 20]
+    if isinstance(broken, dict):
+        options |= broken
+        left = [10, 20] if "batch_size" in broken else left
+        expected = robustness.evaluate(trained, pair, **options)
     if broken == "truncated":
         path.write_bytes(path.read_bytes()[:-50])
     elif broken == "another model":
         model = models.MNISTNode(image_size=8, n_steps=2).eval()
         expected = robustness.evaluate(model, pair, **options)
-    elif broken == "another call":
-        options["eps"] = 0.2
+    elif broken == "another attribute of the model":
+        model = copy.deepcopy(trained)
+        model.get_submodule("flow").negative_slope = 0.3
+        expected = robustness.evaluate(model, pair, **options)
+    elif broken == "another source":
+        options["sources"] = {"other": models.MNISTNode(image_size=8, n_steps=1).eval()}
+        expected = robustness.evaluate(trained, pair, **options)
+    elif broken in ("other images", "other labels"):
+        images, labels = pair
+        pair = (images.flip(3), labels) if broken == "other images" else (images, (labels + 1) % 10)
         expected = robustness.evaluate(trained, pair, **options)
     done: list[int] = []
     with warnings.catch_warnings(record=True) as caught:

@@ -62,6 +62,8 @@ def check_logits(logits: Tensor, labels: Tensor) -> None:
         raise ValueError(
             f"data has label {int(labels.max())}, expected labels below the model's {logits.shape[1]} classes"
         )
+    if not bool(torch.isfinite(logits).all()):  # argmax would call a NaN the largest
+        raise ValueError("model gives logits that are not finite, expected finite logits on finite images")
 
 
 @torch.no_grad()
@@ -69,12 +71,10 @@ def predict(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     """Classes ``(B,)``; the labels are only checked to be among the model's.
 
     Raises:
-        ValueError: the logits do not fit the labels or are not finite: ``argmax`` would call a NaN the largest.
+        ValueError: as ``check_logits``.
     """
     logits = model(images)
     check_logits(logits, labels)
-    if not bool(torch.isfinite(logits).all()):
-        raise ValueError("model gives logits that are not finite, expected finite logits on finite images")
     return logits.argmax(1)
 
 

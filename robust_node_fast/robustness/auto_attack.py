@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from robust_node_fast import _checks
 from robust_node_fast.robustness import _inputs
 
-__all__ = ["MISSING", "autoattack", "available"]
+__all__ = ["MISSING", "autoattack", "available", "refusal"]
 
 MISSING = "AutoAttack was not run: its authors' code is not installed (pip install pyautoattack)"
 FEWEST_CLASSES = 4  # the targeted loss compares the largest logit with the third and fourth
+SMALLEST_SIDE = 5  # Square divides by the side of a square of 0 pixels
 
 
 def available() -> bool:
@@ -43,30 +44,46 @@ def autoattack(
 
     Raises:
         ModuleNotFoundError: the authors' code is not installed.
-        TypeError, ValueError: as ``attacks.fgsm``; not float32; fewer than four classes.
+        TypeError, ValueError: as ``attacks.fgsm``; what ``refusal`` names.
     """
     _inputs.check_radius("eps", eps)
     _checks.choice("norm", norm, _inputs.NORMS)
     if not available():
         raise ModuleNotFoundError(MISSING)
-    if images.dtype != torch.float32:
-        raise TypeError(f"images are {images.dtype}, AutoAttack computes in torch.float32")
+    _inputs.check_batch(images, labels)
+    num_classes = _num_classes(model, images, labels)
+    if reason := refusal(images, num_classes, norm):
+        raise ValueError(reason)
     from pyautoattack import AutoAttack
 
     seed = int(torch.randint(2**31, (), generator=generator))
     tracer = sys.gettrace()
     with _inputs.attacked(model, images, labels), torch.random.fork_rng():  # it seeds the global generators
-        with torch.no_grad():
-            num_classes = model(images[:1]).shape[1]
-        if num_classes < FEWEST_CLASSES:
-            raise ValueError(f"the model has {num_classes} classes, AutoAttack needs at least {FEWEST_CLASSES}")
         ensemble = AutoAttack(
             model, norm="Linf" if norm == "inf" else "L2", eps=eps, seed=seed, device=str(images.device)
         )
         targets = min(9, num_classes - 1)
         ensemble.apgd_targeted.n_target_classes = ensemble.fab.n_target_classes = targets
         try:
-            attacked: Tensor = ensemble.run_standard_evaluation(images, labels, batch_size=len(images))[0]
+            attacked: Tensor = ensemble.run_standard_evaluation(images.contiguous(), labels, batch_size=len(images))[0]
         finally:
             sys.settrace(tracer)  # which it takes away
     return attacked.detach()
+
+
+def refusal(images: Tensor, num_classes: int, norm: str) -> str:
+    """Why the authors' code cannot attack such a network, in one sentence; empty where it can."""
+    if images.dtype != torch.float32:
+        return f"AutoAttack computes in torch.float32, images are {images.dtype}"
+    if num_classes < FEWEST_CLASSES:
+        return f"AutoAttack needs at least {FEWEST_CLASSES} classes, the model has {num_classes}"
+    if norm == "2" and min(images.shape[2:]) < SMALLEST_SIDE:
+        return f"AutoAttack in l_2 needs images of {SMALLEST_SIDE} pixels a side, these have {tuple(images.shape[2:])}"
+    return ""
+
+
+def _num_classes(model: nn.Module, images: Tensor, labels: Tensor) -> int:
+    _inputs.check_model(model)
+    _inputs.predict(model, images, labels)  # checks labels and logits
+    with torch.no_grad():
+        return int(model(images[:1]).shape[1])

@@ -13,7 +13,14 @@ from robust_node_fast import _checks
 from robust_node_fast._machine import machine
 from robust_node_fast._version import __version__
 from robust_node_fast.robustness import auto_attack, checks
-from robust_node_fast.robustness._inputs import check_batch, check_count, check_model, check_radius, predict
+from robust_node_fast.robustness._inputs import (
+    check_batch,
+    check_count,
+    check_logits,
+    check_model,
+    check_radius,
+    predict,
+)
 from robust_node_fast.robustness.report import Check, Report
 from robust_node_fast.robustness.suite import BALLS, SUITES, Attack, transferred
 from robust_node_fast.robustness.tally import Progress, Tally
@@ -175,9 +182,11 @@ def evaluate(
     attacks = [attack for attack in chosen.attacks if radii[attack.norm]]
     shown = transferred(chosen, sources)
     notes = []
-    if not auto_attack.available() and any(attack.kind == "AutoAttack" for attack in attacks):
-        attacks = [attack for attack in attacks if attack.kind != "AutoAttack"]
-        notes.append(f"{auto_attack.MISSING}.")
+    for attack in [attack for attack in attacks if attack.kind == "AutoAttack"]:
+        reason = auto_attack.MISSING if not auto_attack.available() else _refusal(model, data, attack.norm)
+        if reason:
+            attacks.remove(attack)
+            notes += [f"{reason}."] if f"{reason}." not in notes else []
 
     clean = Tally("clean", shown=True)
     noises = [
@@ -203,7 +212,8 @@ def evaluate(
     if checkpoint is not None:
         networks = {"model": model, **{f"source {name}": source for name, source in sources.items()}}
         names = [attack.name for attack in every]  # AutoAttack may have been installed in between
-        run = (suite, names, radii, transfer_radii, tuple(seeds), certify is None, attack_samples, batch_size)
+        certificate = certify and f"{certify.__module__}.{certify.__qualname__}"
+        run = (suite, names, radii, transfer_radii, tuple(seeds), certificate, attack_samples, batch_size)
         counted = [clean, *(tally for _, tally in noises), *(tally for ball in balls for tally in ball.tallies())]
         progress = Progress(checkpoint, counted, _digest((__version__, torch.__version__, *run), networks, data))
         done = progress.restore()
@@ -273,6 +283,19 @@ def evaluate(
     )
 
 
+def _refusal(model: nn.Module, data: Batch | Iterable[Batch], norm: str) -> str:
+    """Why AutoAttack cannot be run; what can only be known from a pair is not asked of an iterable."""
+    if not _is_pair(data):
+        return ""
+    images, labels = data
+    check_batch(images, labels)
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    with torch.no_grad():
+        logits = model(images[:1].to(device))
+    check_logits(logits, labels[:1].to(device))
+    return auto_attack.refusal(images, logits.shape[1], norm)
+
+
 def _certified(
     certify: Certify, model: nn.Module, images: Tensor, labels: Tensor, eps: float, candidates: Tensor
 ) -> Tensor:
@@ -299,6 +322,10 @@ def _digest(settings: Sequence[object], networks: Mapping[str, nn.Module], data:
         f"{name}.{key}": tensor for name, network in networks.items() for key, tensor in network.state_dict().items()
     }
     images, labels = data
+    with torch.no_grad():  # a module's plain attributes decide as well, and show in its logits alone
+        for name, network in networks.items():
+            device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
+            tensors[f"{name}, logits"] = network(images[:8].to(device))
     return digest({**tensors, "images": images, "labels": labels}, repr([*settings, networks]))
 
 

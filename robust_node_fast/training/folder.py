@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -89,6 +90,7 @@ def load_model(folder: Path) -> tuple[nn.Module, TrainConfig]:
         path, prefix = folder / MODEL, ""
     elif (folder / CHECKPOINT).exists():
         path, prefix = folder / CHECKPOINT, f"{AVERAGED}module." if config.ema_decay else WEIGHTS
+        warnings.warn(f"{folder} is not finished: this is its network at the last checkpoint", stacklevel=2)
     else:
         raise RunError(f"{folder} has no weights yet: continue the run with --resume {folder}")
     tensors, state = checkpoint.load(path)
