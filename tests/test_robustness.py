@@ -706,7 +706,7 @@ def test_transfer_from_another_model(trained: nn.Module, digits: data.Dataset) -
     options: dict[str, Any] = {"step_size": 2.5 * 0.2 / 10, "n_steps": 10, "target": trained, "generator": start}
     attacked = robustness.pgd(other, images[right], labels[right], 0.2, **options)
     stands = int((trained(attacked).argmax(1) == labels[right]).sum())
-    assert found.accuracy("pgd on other", 0.2) == stands / 60 < int(right.sum()) / 60
+    assert found.accuracy("pgd on other", 0.2) == stands / 60 <= int(right.sum()) / 60
     assert "white box <= pgd on other at l_inf eps 0.2" in [check.name for check in found.checks]
     assert found.settings["sources"] == ["itself", "other"]
     some = robustness.evaluate(
