@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import datetime
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -58,6 +59,14 @@ def main(
         optimizers[name].step()
         return loss.item()
 
+    # No time without the same result: the first batch, from the same weights.
+    first = [
+        F.cross_entropy(networks[name](dataset.train_images[batches[0]]), dataset.train_labels[batches[0]])
+        for name in networks
+    ]
+    for ours, theirs in (tuple(first), tuple(penalty() for penalty in penalties.values())):
+        if not float((ours - theirs).detach().abs()) <= 1e-4 * float(theirs.detach().abs()):
+            raise SystemExit(f"the networks differ: {ours.item()}, {theirs.item()}")
     for start in range(0, len(batches), TURN):
         for name in networks:
             begin = time.perf_counter()
@@ -66,6 +75,8 @@ def main(
             seconds[name] += time.perf_counter() - begin
     for name in networks:
         print(f"{name}: {seconds[name]:.1f} s, last loss {losses[name]:.4f}")
+    if not all(math.isfinite(loss) for loss in losses.values()):
+        raise SystemExit("a loss is not finite: nothing is written")
     print(f"ratio {seconds['plain PyTorch'] / seconds['robust_node_fast']:.2f}")
     output.parent.mkdir(parents=True, exist_ok=True)
     with output.open("w", newline="") as file:

@@ -377,11 +377,15 @@ def test_interrupt_says_how_to_resume(tmp_path: Path) -> None:
 
     def stop(arguments: list[str], number: signal.Signals, after: int) -> int:
         process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, env=environment)
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and process.poll() is None and saved_step() <= after:
-            time.sleep(0.02)
-        process.send_signal(number)
-        _, errors = process.communicate(timeout=60)
+        try:
+            deadline = time.monotonic() + 120
+            while time.monotonic() < deadline and process.poll() is None and saved_step() <= after:
+                time.sleep(0.02)
+            process.send_signal(number)
+            _, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()  # nothing where it has ended
+            process.wait()
         (line,) = [line for line in errors.splitlines() if line.startswith("rnf: stopped")]
         step = re.search(rf"stopped by {number.name} after step (\d+) of 690; continue with: (.*)$", line)
         assert step is not None

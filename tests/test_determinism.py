@@ -14,10 +14,16 @@ from robust_node_fast import _ops, functional
 # needs_kernels: what the reference runs on, PyTorch's convolution, splits its weight gradient by threads.
 
 
-def flow(shared: bool, trajectory: bool) -> Any:
+def flow(shared: bool, trajectory: bool, recompute: bool = True) -> Any:
     def call(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return functional.euler_conv_flow(
-            input, weight, bias, step_size=0.1, n_steps=3 if shared else None, return_trajectory=trajectory
+            input,
+            weight,
+            bias,
+            step_size=0.1,
+            n_steps=3 if shared else None,
+            return_trajectory=trajectory,
+            recompute=recompute,
         )
 
     return call
@@ -42,10 +48,21 @@ def same_bits(runs: list[list[Tensor]]) -> None:
         (16, 30, 1, "channels_last", torch.float32, False, False),
         (8, 20, 3, "contiguous", torch.float64, True, True),
         (8, 20, 3, "contiguous", torch.bfloat16, False, False),
+        (32, 20, 3, "contiguous", torch.bfloat16, False, False),
+        (8, 20, 3, "contiguous", torch.float16, False, False),
     ],
 )
+@pytest.mark.parametrize("recompute", [True, False])
 def test_flow_for_any_number_of_threads(
-    batch: int, channels: int, size: int, kernel: int, layout: str, dtype: torch.dtype, shared: bool, trajectory: bool
+    batch: int,
+    channels: int,
+    size: int,
+    kernel: int,
+    layout: str,
+    dtype: torch.dtype,
+    shared: bool,
+    trajectory: bool,
+    recompute: bool,
 ) -> None:
     input = random_state((batch, channels, size, size), layout, dtype)
     weight, bias = random_filters(channels, kernel, None if shared else 3, True, dtype)
@@ -53,7 +70,7 @@ def test_flow_for_any_number_of_threads(
     runs = []
     for threads in (1, 2, 4, 3, 2):
         torch.set_num_threads(threads)
-        runs.append(gradients(flow(shared, trajectory), [input, weight, bias], grad_output))
+        runs.append(gradients(flow(shared, trajectory, recompute), [input, weight, bias], grad_output))
     same_bits(runs)
 
 

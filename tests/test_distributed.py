@@ -215,7 +215,9 @@ def tell_the_seed(rank: int, step: int) -> None:
 
 
 def test_dropout_differs_between_processes(tmp_path: Path) -> None:
-    assert len(set(together(start(tmp_path / "run", tiny()), hook=tell_the_seed))) == 2
+    said = together(start(tmp_path / "run", tiny()), hook=tell_the_seed)
+    assert all(re.fullmatch(r"RunError: seed \d+", sentence) for sentence in said), said
+    assert len(set(said)) == 2
 
 
 def exit_at_5(rank: int, step: int) -> None:

@@ -127,8 +127,9 @@ def test_without_a_compiler_everything_runs_on_the_reference_and_says_so_once(pu
 
 
 def test_a_build_that_must_compile_fails_without_a_compiler(tmp_path: Path) -> None:
-    with pytest.raises(subprocess.CalledProcessError):
+    with pytest.raises(subprocess.CalledProcessError) as raised:
         install(tmp_path, PATH="/nonexistent", CXX="/nonexistent/c++", RNF_BUILD="1")
+    assert "RNF_BUILD=1 asks for the compiled library" in f"{raised.value.stdout}{raised.value.stderr}"
 
 
 def test_import_pulls_in_nothing_heavy() -> None:

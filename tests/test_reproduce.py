@@ -271,28 +271,39 @@ class Killed(BaseException):
 
 
 def test_a_kill_at_any_write_loses_nothing(done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every file is moved into place by ``os.replace``: each dies once right before and once right after a move."""
+    """Every file is moved into place by ``os.replace``: each dies once right before and once right after a move.
+
+    What is on the disk at that moment is what the next one finds: nothing that an exception flushes on its way out.
+    """
     monkeypatch.setattr(tally, "SAVE_SECONDS", 0.0)
+    folder, left = tmp_path / "run", tmp_path / "left"
     move, kills = os.replace, Counter[Path]()
+
+    def die() -> None:
+        shutil.copytree(folder, left)
+        raise Killed
 
     def replace(source: Path, target: Path) -> None:
         kills[target] += 1
         if kills[target] == 1:
-            raise Killed
+            die()
         move(source, target)
         if kills[target] == 2:
-            raise Killed
+            die()
 
     monkeypatch.setattr(os, "replace", replace)
     images, cell = data.load("digits"), two_cells()[1]
-    while reproduce.load(cell, tmp_path) is None:
+    while reproduce.load(cell, folder) is None:
         with contextlib.suppress(Killed):
-            reproduce.compute(cell, tmp_path, images, on_progress=lambda what: None)
+            reproduce.compute(cell, folder, images, on_progress=lambda what: None)
+        if left.exists():
+            shutil.rmtree(folder)
+            left.rename(folder)
     names = Counter(path.suffix if path.parent.name in ("cells", "unfinished") else path.name for path in kills)
     networks = {"config.json": 2, "metrics.jsonl": 2, "checkpoint.safetensors": 2, "model.safetensors": 2}
     assert names == networks | {".safetensors": 1, ".json": 1}
     assert min(kills.values()) >= 2
-    ((name, path),) = files(tmp_path).items()
+    ((name, path),) = files(folder).items()
     assert without_times(path) == without_times(files(done)[name])
 
 
@@ -306,12 +317,14 @@ def test_sigkill_loses_no_cell(done: Path, tmp_path: Path) -> None:
     """Killed in the second evaluation."""
     process = SERVER.Process(target=_child, args=(tmp_path,))
     process.start()
-    deadline = time.monotonic() + 60
-    second = f"unfinished/{two_cells()[1].name}.safetensors"
-    while process.is_alive() and time.monotonic() < deadline and not (tmp_path / second).exists():
-        time.sleep(0.002)
-    process.kill()
-    process.join()
+    try:
+        deadline = time.monotonic() + 60
+        second = f"unfinished/{two_cells()[1].name}.safetensors"
+        while process.is_alive() and time.monotonic() < deadline and not (tmp_path / second).exists():
+            time.sleep(0.002)
+    finally:
+        process.kill()
+        process.join()
     assert process.exitcode == -signal.SIGKILL
     (finished,) = files(tmp_path).values()
     before = finished.read_bytes(), finished.stat().st_mtime_ns

@@ -152,12 +152,42 @@ def train_in_child(folder: str) -> None:
 def run_child(folder: Path, kill_after: float | None = None) -> int:
     process = SERVER.Process(target=train_in_child, args=(str(folder),))
     process.start()
-    process.join(kill_after)
-    if process.is_alive():
-        process.kill()
-        process.join()
+    try:
+        process.join(kill_after)
+    finally:
+        if process.is_alive():
+            process.kill()
+            process.join()
     assert process.exitcode is not None
     return process.exitcode
+
+
+def test_files_are_on_the_disk_before_others_rely_on_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is in a file, then its name, then its folder; metrics before the checkpoint that counts on them."""
+    calls: list[tuple[str, str]] = []
+    sync, move = os.fsync, os.replace
+
+    def fsync(number: int) -> None:
+        calls.append(("sync", Path(os.readlink(f"/proc/self/fd/{number}")).name))
+        sync(number)
+
+    def replace(source: Path, target: Path) -> None:
+        calls.append(("move", Path(target).name))
+        move(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    training.fit(start(tmp_path / "run", tiny(epochs=1, batch_size=16, checkpoint_every=2)), FEW)
+    moved = [i for i, (what, _) in enumerate(calls) if what == "move"]
+    names = [calls[i][1] for i in moved]
+    assert names.count("checkpoint.safetensors") > 1
+    assert {"config.json", "metrics.jsonl", "model.safetensors"} <= set(names)
+    for i in moved:
+        name = calls[i][1]
+        assert calls[i - 1] == ("sync", f".{name}.part")
+        assert calls[i + 1] == ("sync", "run")
+        if name == "checkpoint.safetensors":
+            assert calls[i - 2] == ("sync", "metrics.jsonl")
 
 
 # A checkpoint after every step: most of the time goes into writing them, and many kills hit a write.

@@ -1,9 +1,10 @@
 """No Triton kernel spills registers or outgrows a target, low precision runs on tensor cores, the table is up to date.
 
-Everything is compiled again: six minutes on two cores of a Zen 5, up to half an hour on slower ones. With
-``RNF_TRITON_RESOURCES=changed`` it is every kernel whose digest is not the table's, and of the others every 73rd, which
-comes past every target in turn; where it begins changes from run to run, and ``RNF_TEST_SEED`` repeats a run. Another
-version of Triton than the table's allocates registers in its own way: only what must hold anywhere is asked of it.
+Compiled again are the kernels whose digest (of source, configuration, types, target and Triton's version) is not the
+table's, and of the others, which can only come out as they did, every 73rd; where it begins changes from run to run,
+and ``RNF_TEST_SEED`` repeats a run. ``RNF_TRITON_RESOURCES=all`` compiles every kernel: six minutes on two cores of a
+Zen 5, up to half an hour on slower ones. Another version of Triton than the table's allocates registers in its own way:
+only what must hold anywhere is asked of it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from robust_node_fast.bench import resources
 
 triton = pytest.importorskip("triton")
 KERNELS = Path(__file__).resolve().parent.parent / "kernels"
-EVERY = 73 if os.environ.get("RNF_TRITON_RESOURCES") == "changed" else 1
+EVERY = 1 if os.environ.get("RNF_TRITON_RESOURCES") == "all" else 73
 REGENERATE = "if this is intended, run python -m robust_node_fast.bench.resources"
 
 
