@@ -66,7 +66,8 @@ Level requested() {
                        : !std::strcmp(name, "avx2")        ? kAvx2
                        : !std::strcmp(name, "avx512")      ? kAvx512
                        : !std::strcmp(name, "avx512_bf16") ? kAvx512BFloat16
-                                                           : kAmx;
+                       : !std::strcmp(name, "amx")         ? kAmx
+                                                           : preferred();  // another word
   return wanted < best ? wanted : best;  // downwards only: more than the processor has would crash
 }
 

@@ -81,7 +81,8 @@ def zubov_losses(
 
     Raises:
         TypeError, ValueError: naming the argument, its value and what was expected; states or right-hand sides are not
-            finite; all states of a batch of several classes have the same V (collapsed); V does not reach 1.
+            finite; all states of a batch of several classes have the same V (collapsed; with classification); V does
+            not reach 1.
 
     Source: arXiv 2509.21879 for the first three; their equations are our reading, and containment is ours.
     """

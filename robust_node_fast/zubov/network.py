@@ -32,7 +32,7 @@ class DenseFlow(nn.Module):
     Input ``(B, dim)``; output ``(B, dim)``, or the trajectory ``(N + 1, B, dim)``.
 
     Raises:
-        TypeError, ValueError: a size that is not a positive int, a step size that is not finite.
+        TypeError, ValueError: a size that is not a positive int, a step size that is 0 or not finite.
 
     Source: arXiv 2509.21879 has a Neural ODE on features; this right-hand side is our reading.
     """
@@ -52,6 +52,8 @@ class DenseFlow(nn.Module):
         for name, value in (("dim", dim), ("n_steps", n_steps), ("width", width)):
             _checks.count(name, value)
         _checks.number("step_size", step_size)
+        if step_size == 0:
+            raise ValueError("step_size=0 is no step, expected another number")
         self.dim, self.n_steps, self.step_size = dim, n_steps, step_size
         self.width, self.shared_weights = width, shared_weights
         steps = 1 if shared_weights else n_steps
@@ -80,7 +82,11 @@ class DenseFlow(nn.Module):
         return self._step(0 if self.shared_weights else min(max(n, 0), self.n_steps - 1), x)
 
     def fields(self, states: Tensor) -> Tensor:
-        """Row n by the right-hand side of step n: ``(N, M, dim) -> (N, M, dim)``."""
+        """Row n by the right-hand side of step n: ``(N, M, dim) -> (N, M, dim)``, any N where weights are shared."""
+        if not self.shared_weights and len(states) != self.n_steps:
+            raise ValueError(
+                f"states has shape {tuple(states.shape)}, expected ({self.n_steps}, M, {self.dim}): a row for each step"
+            )
         hidden = torch.tanh(states @ self.weight1.mT + self.bias1[:, None])
         return hidden @ self.weight2.mT + self.bias2[:, None]
 

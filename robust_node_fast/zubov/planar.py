@@ -41,7 +41,12 @@ def regions(net: ZubovNet, points: Tensor, *, side: int = 101, step_size: float 
     """Both kinds of regions of a network of states in the plane, over all boundaries and the ``points``' states.
 
     The simulation covers 40 units of time; ``step_size`` is its own: the region of attraction is that of ``dx/dt = f``.
+
+    Raises:
+        ValueError: the right-hand side changes from step to step: there is no f whose region it would be.
     """
+    if not net.dynamics.shared_weights:
+        raise ValueError("net.dynamics has weights of its own for every step, expected shared ones: dx/dt = f(x)")
     generator = torch.Generator().manual_seed(0)
     boundary = sample_boundary(net.lyapunov, 256, generator=generator)
     around = torch.cat([boundary.flatten(0, 1), net.features(points)])
