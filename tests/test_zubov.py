@@ -758,8 +758,9 @@ def test_no_gradient_leaves_the_box(partial: bool, p: str) -> None:
         quadratic = lyapunov.eps * (x - lyapunov.equilibria[:, None]).square().sum(-1)
         return torch.autograd.grad((lyapunov.per_class(x) - quadratic).sum(), x)[0]
 
-    for end in exact:
-        assert_close(end, gradients(state), 1e-10)
+    for end in exact:  # but for 1e-9 of what is added up
+        assert_close(end, gradients(state), 2e-8)
+    assert bool((exact[0] < exact[1]).all())
     for i in range(100):
         step = torch.randn_like(state)
         step = step.sign() if p == "inf" and i % 2 else step / step.norm(float(p), dim=1, keepdim=True)

@@ -90,12 +90,13 @@ def load_model(folder: Path) -> tuple[nn.Module, TrainConfig]:
         path, prefix = folder / MODEL, ""
     elif (folder / CHECKPOINT).exists():
         path, prefix = folder / CHECKPOINT, f"{AVERAGED}module." if config.ema_decay else WEIGHTS
-        warnings.warn(f"{folder} is not finished: this is its network at the last checkpoint", stacklevel=2)
     else:
         raise RunError(f"{folder} has no weights yet: continue the run with --resume {folder}")
     tensors, state = checkpoint.load(path)
     check_belongs(path, state, config)
     load_weights(path, model, tensors, prefix)
+    if prefix:
+        warnings.warn(f"{folder} is not finished: this is its network at the last checkpoint", stacklevel=2)
     return model.eval(), config
 
 
