@@ -50,19 +50,20 @@ def autoattack(
     _checks.choice("norm", norm, _inputs.NORMS)
     if not available():
         raise ModuleNotFoundError(MISSING)
-    _inputs.check_batch(images, labels)
-    num_classes = _num_classes(model, images, labels)
-    if reason := refusal(images, num_classes, norm):
-        raise ValueError(reason)
     from pyautoattack import AutoAttack
 
     seed = int(torch.randint(2**31, (), generator=generator))
     tracer = sys.gettrace()
     with _inputs.attacked(model, images, labels), torch.random.fork_rng():  # it seeds the global generators
+        with torch.no_grad():
+            logits = model(images)
+        _inputs.check_logits(logits, labels)
+        if reason := refusal(images, logits.shape[1], norm):
+            raise ValueError(reason)
         ensemble = AutoAttack(
             model, norm="Linf" if norm == "inf" else "L2", eps=eps, seed=seed, device=str(images.device)
         )
-        targets = min(9, num_classes - 1)
+        targets = min(9, logits.shape[1] - 1)
         ensemble.apgd_targeted.n_target_classes = ensemble.fab.n_target_classes = targets
         try:
             attacked: Tensor = ensemble.run_standard_evaluation(images.contiguous(), labels, batch_size=len(images))[0]
@@ -80,10 +81,3 @@ def refusal(images: Tensor, num_classes: int, norm: str) -> str:
     if norm == "2" and min(images.shape[2:]) < SMALLEST_SIDE:
         return f"AutoAttack in l_2 needs images of {SMALLEST_SIDE} pixels a side, these have {tuple(images.shape[2:])}"
     return ""
-
-
-def _num_classes(model: nn.Module, images: Tensor, labels: Tensor) -> int:
-    _inputs.check_model(model)
-    _inputs.predict(model, images, labels)  # checks labels and logits
-    with torch.no_grad():
-        return int(model(images[:1]).shape[1])

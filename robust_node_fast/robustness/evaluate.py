@@ -207,7 +207,7 @@ def evaluate(
         for radius in radii[norm]
     ]
     lines = [clean, *(tally for _, tally in noises), *(tally for ball in balls for tally in ball.lines(certify))]
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    device = _device_of(model)
     progress, done = None, 0
     if checkpoint is not None:
         networks = {"model": model, **{f"source {name}": source for name, source in sources.items()}}
@@ -283,16 +283,19 @@ def evaluate(
     )
 
 
+def _device_of(model: nn.Module) -> torch.device:
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
 def _refusal(model: nn.Module, data: Batch | Iterable[Batch], norm: str) -> str:
     """Why AutoAttack cannot be run; what can only be known from a pair is not asked of an iterable."""
     if not _is_pair(data):
         return ""
     images, labels = data
     check_batch(images, labels)
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     with torch.no_grad():
-        logits = model(images[:1].to(device))
-    check_logits(logits, labels[:1].to(device))
+        logits = model(images[:1].to(_device_of(model)))
+    check_logits(logits, labels[:1].to(logits.device))
     return auto_attack.refusal(images, logits.shape[1], norm)
 
 
@@ -324,8 +327,7 @@ def _digest(settings: Sequence[object], networks: Mapping[str, nn.Module], data:
     images, labels = data
     with torch.no_grad():  # a module's plain attributes decide as well, and show in its logits alone
         for name, network in networks.items():
-            device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
-            tensors[f"{name}, logits"] = network(images[:8].to(device))
+            tensors[f"{name}, logits"] = network(images[:8].to(_device_of(network)))
     return digest({**tensors, "images": images, "labels": labels}, repr([*settings, networks]))
 
 
