@@ -17,13 +17,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import records, start
 from safetensors.torch import load_file, save_file
 
 from robust_node_fast import data, training
-from robust_node_fast.certify import linf_certified
+from robust_node_fast.certify import linf_certified, worst_case_logits
 from robust_node_fast.training import checkpoint, trainer
 from robust_node_fast.training.config import TrainConfig
+from robust_node_fast.training.objective import noisy, objective_of
 
 DIGITS = data.load("digits")
 ZUBOV = {"model": "zubov", "network": "vanilla"}
@@ -634,6 +636,33 @@ def test_certified_recipes() -> None:
         TrainConfig.recipe("mnist", "best")
 
 
+def test_noise_has_a_sigma_for_each_image() -> None:
+    images = torch.rand(300, 1, 28, 28)
+    noise = (noisy(images, 0.3) - images).double()
+    sigma = noise.std((1, 2, 3))
+    assert 0.28 < float(sigma.max()) < 0.32
+    for share in (0.25, 0.5, 0.75):
+        assert float(sigma.quantile(share)) == pytest.approx(0.3 * share, abs=0.04)
+    white = (noise / sigma[:, None, None, None]).flatten()
+    for share, limit in ((0.1587, -1.0), (0.5, 0.0), (0.9772, 2.0)):
+        assert float((white < limit).double().mean()) == pytest.approx(share, abs=0.005)
+
+
+def test_loss_of_certified_training() -> None:
+    """The worst case is of the images as they are, whatever noise the other loss has."""
+    config = TrainConfig.recipe("digits", "certified", noise=0.5, certified_weight=0.3)
+    model = config.initial_model()
+    objective = objective_of(model, config)
+    objective.progress = 0.25  # half the radius, half the weight
+    images, labels = DIGITS.train_images[:32], DIGITS.train_labels[:32]
+    torch.manual_seed(7)
+    found, _ = objective(images, labels)
+    torch.manual_seed(7)
+    clean = F.cross_entropy(model(noisy(images, 0.5)), labels)
+    worst = F.cross_entropy(worst_case_logits(model, images, labels, 0.5 * config.certified_eps), labels)
+    assert float(found) == pytest.approx(float(0.85 * clean + 0.15 * worst), rel=1e-5)
+
+
 def test_certified_training_pays(tmp_path: Path) -> None:
     """The same network and budget, with and without: certified accuracy."""
     found = {}
@@ -664,6 +693,8 @@ def test_certified_training_pays(tmp_path: Path) -> None:
         ({"norm": "3"}, "norm='3' is unknown, expected one of"),
         ({"model": "ResNet"}, "model='ResNet' is unknown"),
         ({"momentum": 0.9}, "momentum=0.9 belongs to SGD"),
+        ({"noise": -0.1}, "noise=-0.1 is out of range, expected a number >= 0"),
+        ({"certified_weight": 1.5}, "certified_weight=1.5 is out of range, expected a number <= 1"),
         ({"certified_eps": -0.1}, "certified_eps=-0.1 is out of range, expected a number >= 0"),
         ({"certified_eps": 0.1, "model": "CIFARNode"}, "certified_eps=0.1 does not fit model='CIFARNode'"),
         ({"steps": 0}, "steps=0 is too small"),

@@ -19,6 +19,7 @@ from robust_node_fast import cli, data, training, zubov
 from robust_node_fast.certify import linf_certified
 from robust_node_fast.robustness import auto_attack
 from robust_node_fast.training import TrainConfig
+from robust_node_fast.training.checkpoint import digest_of_json
 from robust_node_fast.training.objective import objective_of
 from robust_node_fast.zubov import contenders, experiments, page, planar
 from robust_node_fast.zubov.attraction import attracted_to, overlap, plane
@@ -303,6 +304,27 @@ def test_reproduce_in_portions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(experiments, "PROTOCOL", 99)
     with pytest.warns(UserWarning, match="is of protocol 2, this is 99: this cell is computed again"):
         assert experiments.read(experiments.cells(only=["plane/blob"], steps=2)[0], out) is None
+
+
+def test_a_setting_that_is_new_renames_no_cell(tmp_path: Path) -> None:
+    """Files written before there was a setting stand for its default, and for nothing else."""
+    cell = experiments.cells(only=["digits/zubov"], seeds=1)[0]
+    before = json.loads(json.dumps(cell.settings))
+    del before["train"]["noise"], before["train"]["zubov"]["containment"]
+    content = {"protocol": experiments.PROTOCOL, "settings": before, "refused": None}
+
+    def written(for_cell: experiments.Cell) -> experiments.Cell:
+        path = experiments.path_of(for_cell, tmp_path)
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({"sha256": digest_of_json(content), **content}))
+        return for_cell
+
+    with pytest.warns(UserWarning, match="has other settings than its name stands for"):  # containment is 10 there
+        assert experiments.read(written(cell), tmp_path) is None
+    usual = dataclasses.replace(cell.config, zubov=dataclasses.replace(cell.config.zubov, containment=0.0))
+    assert experiments.read(written(dataclasses.replace(cell, config=usual)), tmp_path) is not None
+    names = {experiments.path_of(each, tmp_path).name for each in (cell, dataclasses.replace(cell, config=usual))}
+    assert len(names) == 2
 
 
 def test_only_what_a_guard_says_is_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,7 @@ REGULARIZERS = ("filters", "jacobian")
 _CONVOLUTIONAL_ONLY = {
     "network": "vanilla",
     "regularizer": "filters",
+    "noise": 0.0,
     "certified_eps": 0.0,
     "autocast": False,
     "compile": False,
@@ -140,6 +141,11 @@ class TrainConfig:
     augmentation: Literal["none", "crop-flip", "crop-flip-cutout"] = _field(
         "none", _DATA, "Shift by up to 4 pixels and mirror; cutout: and a black square."
     )
+    noise: float = _field(
+        0.0,
+        _DATA,
+        "Gaussian noise on training images, each with a sigma between 0 and this; the worst-case loss has none.",
+    )
     label_smoothing: float = _field(0.0, _OPTIMIZER, "Share of a label spread over all classes.")
     optimizer: Literal["adam", "adamw", "sgd"] = _field("adam", _OPTIMIZER, "Optimizer of torch.optim.")
     lr: float = _field(0.05, _OPTIMIZER, "Learning rate of the first epoch.")
@@ -180,6 +186,9 @@ class TrainConfig:
         0.0,
         _CONTRACTION,
         "Train for certificates (bound E) up to this l_inf radius, reached half-way; 0: no.",
+    )
+    certified_weight: float = _field(
+        0.5, _CONTRACTION, "Weight of the worst-case loss once that radius is reached; the clean loss has the rest."
     )
     track_eps: float = _field(
         0.0, _CONTRACTION, "After every epoch, the share of 256 test images certified at this l_inf radius; 0: no."
@@ -226,10 +235,13 @@ class TrainConfig:
             raise ValueError(f"milestones={self.milestones!r} is not a list of epochs, expected ints of at least 1")
         for name in ("lr", "lr_decay", "rate"):
             _at_least_zero(name, getattr(self, name), positive=True)
-        for name in ("momentum", "weight_decay", "grad_clip", "rate_margin", "penalty_weight"):
+        for name in ("momentum", "weight_decay", "grad_clip", "rate_margin", "penalty_weight", "noise"):
             _at_least_zero(name, getattr(self, name))
         _at_least_zero("certified_eps", self.certified_eps)
         _at_least_zero("track_eps", self.track_eps)
+        _at_least_zero("certified_weight", self.certified_weight)
+        if self.certified_weight > 1:
+            raise ValueError(f"certified_weight={self.certified_weight!r} is out of range, expected a number <= 1")
         for name in ("label_smoothing", "ema_decay"):
             _at_least_zero(name, getattr(self, name))
             if getattr(self, name) >= 1:

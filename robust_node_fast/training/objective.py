@@ -28,6 +28,7 @@ __all__ = [
     "NodeObjective",
     "Objective",
     "ZubovObjective",
+    "noisy",
     "objective_of",
     "with_jacobian_penalty",
 ]
@@ -92,11 +93,12 @@ class ContractionObjective(Objective):
         """As ``Objective``; the loss is without the penalty, the rate what every Euler step is guaranteed to have."""
         config = self.config
         contractive = config.network == "contractive"
+        seen = noisy(inputs, config.noise) if config.noise else inputs
         if contractive and config.regularizer == "jacobian":
-            logits, penalty = with_jacobian_penalty(self.model, inputs, config.penalty_rate)
+            logits, penalty = with_jacobian_penalty(self.model, seen, config.penalty_rate)
         else:
             with torch.autocast(inputs.device.type, torch.bfloat16, enabled=config.autocast):
-                logits = self.model(inputs)
+                logits = self.model(seen)
             with torch.set_grad_enabled(contractive):
                 penalty = self.model.contraction_penalty(rate=config.penalty_rate, norm=config.norm)
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing)
@@ -104,7 +106,8 @@ class ContractionObjective(Objective):
             share = config.certified_share(self.progress)
             worst = worst_case_logits(self.model, inputs, labels, share * config.certified_eps)
             worst_loss = F.cross_entropy(worst, labels, label_smoothing=config.label_smoothing)
-            loss = (1.0 - 0.5 * share) * loss + 0.5 * share * worst_loss
+            weight = share * config.certified_weight
+            loss = (1.0 - weight) * loss + weight * worst_loss
         objective = loss + config.penalty_weight * penalty if contractive else loss
         with torch.no_grad():
             rate = self.model.contraction_rate(norm=config.norm).min()
@@ -188,6 +191,12 @@ class LyapunovObjective(Objective):
         penalty = (found[1] + config.rate * found[0]).relu().mean()
         loss = F.cross_entropy(net.head(states[-1]), labels, label_smoothing=config.label_smoothing)
         return loss + config.penalty_weight * penalty, torch.stack([loss, penalty]).detach()
+
+
+def noisy(images: Tensor, largest: float) -> Tensor:
+    """Gaussian noise on every image, of a sigma of its own, uniform from 0 to ``largest``; not clipped."""
+    sigma = largest * torch.rand((len(images), 1, 1, 1), dtype=images.dtype, device=images.device)
+    return images + sigma * torch.randn_like(images)
 
 
 def with_jacobian_penalty(model: Model, images: Tensor, rate: float) -> tuple[Tensor, Tensor]:

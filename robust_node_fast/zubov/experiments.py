@@ -169,8 +169,12 @@ def _with_steps(cell: Cell, steps: int) -> Cell:
 
 
 def path_of(cell: Cell, folder: Path) -> Path:
-    """The cell's file; its name has the row, the seed and a digest of the settings."""
-    digest = hashlib.sha256(json.dumps(cell.settings, sort_keys=True).encode()).hexdigest()[:8]
+    """The cell's file; its name has the row, the seed and a digest of the settings.
+
+    Other settings give another name, a setting that is new and at its default does not.
+    """
+    settings = {**cell.settings, "train": cell.config.departures()}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     row = cell.row.replace(", ", "-").replace(" ", "_")
     return folder / cell.part / f"{row}-seed{cell.config.seed}-{digest}.json"
 
@@ -184,7 +188,7 @@ def read(cell: Cell, folder: Path) -> dict[str, Any] | None:
             reason = "was altered: its content does not match its SHA-256"
         elif content["protocol"] != PROTOCOL:
             reason = f"is of protocol {content['protocol']}, this is {PROTOCOL}"
-        elif content["settings"] != json.loads(json.dumps(cell.settings)):
+        elif not _has(cell, content["settings"]):
             reason = "has other settings than its name stands for"
         else:
             return content
@@ -194,6 +198,12 @@ def read(cell: Cell, folder: Path) -> dict[str, Any] | None:
         reason = f"is truncated or was altered ({type(error).__name__}: {error})"
     warnings.warn(f"{path} {reason}: this cell is computed again", stacklevel=2)
     return None
+
+
+def _has(cell: Cell, settings: dict[str, Any]) -> bool:
+    """Whether these are the cell's settings; training settings that they do not know yet count as the defaults."""
+    known = {**settings, "train": TrainConfig(**settings["train"]).settings()}
+    return known == {**json.loads(json.dumps(cell.settings)), "train": cell.config.settings()}
 
 
 def compute(
