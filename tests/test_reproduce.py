@@ -608,7 +608,7 @@ def test_certified_training_beside_the_paper(tmp_path: Path) -> None:
         for cell in cells
     }
     page = reproduce.markdown(cells, results)
-    (heading,) = [line for line in page.splitlines() if "PGD 0.2" in line]
+    (heading,) = [line for line in page.splitlines() if line.startswith("| row") and "PGD 0.2" in line]
     assert next(part for part in page.split("### ") if heading in part).startswith(summary.PARTS["certified"])
     assert "| certified | 2 | 90.0 ± 0.0 |" in page
     picture = tmp_path / "picture.png"
@@ -617,6 +617,28 @@ def test_certified_training_beside_the_paper(tmp_path: Path) -> None:
     others = [cell for cell in cells if cell.row != "certified"]
     assert not reproduce.attacked_and_certified(others, results, tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("clean", "noise", "verdict"),
+    [(-0.4, 1.0, "dominates it ("), (-0.6, 1.0, "behind at clean ("), (0.0, 0.0, "behind at Gauss 0.2, Gauss 0.3 (")],
+)
+def test_what_dominates(clean: float, noise: float, verdict: str) -> None:
+    """On clean images by no less than 0.5 points, and better at everything else."""
+    cells = reproduce.cells("mnist", seeds=2, only=["certified", "grid/authors/2"])
+    gains = {"clean": clean, "gaussian": noise}
+    results = {
+        cell.name: made_up(
+            cell,
+            lambda name, strength, ours=cell.row == "certified": 0.5 + ours * gains.get(name, 5.0) / 100.0,
+        )
+        for cell in cells
+        if cell.row == "certified" or cell.config.seed == 0
+    }
+    (line,) = (line for line in summary.markdown(cells, results).splitlines() if line.startswith("Against `grid/"))
+    gained = f"clean {clean:+.1f}, Gauss 0.2 {noise:+.1f},"
+    assert line.startswith(f"Against `grid/authors/2`, in points (1 of 3 seeds): {gained}")
+    assert verdict in line
 
 
 def test_verdicts_compare_the_same_seeds_and_are_bold_with_three() -> None:

@@ -55,6 +55,11 @@ STRONGER = (
     ("certified 0.1", "certified", 0.1),
     ("certified 0.2", "certified", 0.2),
 )
+# By how many points a network may fall behind one that it dominates, or has to be ahead.
+CLEAN_MAY_LOSE = 0.5
+DOMINATED = tuple(
+    column for column in STRONGER if column[0] in ("Gauss 0.2", "Gauss 0.3", "PGD 0.1", "PGD 0.2", "certified 0.1")
+)
 
 
 def by_row(cells: Sequence[Cell], results: Mapping[str, CellResult]) -> dict[str, dict[str, list[CellResult]]]:
@@ -124,6 +129,8 @@ def _dataset(dataset: str, cells: Sequence[Cell], results: Mapping[str, CellResu
         else:
             shown = table(members, spread=True)
         yield from ("", f"### {PARTS[part]}", "", *as_table(shown))
+        if part == "certified":
+            yield from (line for paper in BEATEN[1:3] for line in _dominance(rows, paper))
         yield from (line for note in sorted(_notes(members)) for line in ("", note))
         for row, cell in ((row, cell) for row, cells in members.items() for cell in cells if not cell.report.reliable):
             yield from ("", f"**{row}, seed {cell.settings['train']['seed']}: {cell.report.verdict}**")
@@ -137,6 +144,26 @@ def _dataset(dataset: str, cells: Sequence[Cell], results: Mapping[str, CellResu
     if found:
         yield from ("", "### Cost and epochs", "", *_cost(found))
     yield from _missing(cells, parts, results)
+
+
+def _dominance(rows: Rows, paper: str) -> Iterator[str]:
+    """Whether the certified network is as good as the paper's on clean images, and better at everything harder."""
+    clean, *gains = (
+        [ours - theirs for ours, theirs in pairs(rows, "certified", paper, name, by)]
+        for _, name, by in (COLUMNS[0], *DOMINATED)
+    )
+    if not clean:
+        return
+    behind = ["clean"] if statistics.fmean(clean) < -CLEAN_MAY_LOSE else []
+    behind += [heading for (heading, _, _), gain in zip(DOMINATED, gains, strict=True) if statistics.fmean(gain) <= 0.0]
+    found = [f"{heading} {_range(gain)}" for (heading, _, _), gain in zip(DOMINATED, gains, strict=True)]
+    verdict = f"does not dominate it: behind at {', '.join(behind)}" if behind else "dominates it"
+    yield ""
+    gained = ", ".join([f"clean {_range(clean)}", *found])
+    yield (
+        f"Against `{paper}`, in points ({len(clean)} of {SEEDS} seeds): {gained}. The certified network {verdict} "
+        f"(clean within {CLEAN_MAY_LOSE:g} points, the others higher, by their means)."
+    )
 
 
 def _emphasised(verdict: claims.Verdict) -> str:
