@@ -589,23 +589,32 @@ def _computed(
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()  # before minutes of work rather than after them
     unique = {cell.name: cell for cell in cells}
+    at_first = {name for name, cell in unique.items() if reproduction.path_of(cell, folder).exists()}
     loaded = {name: reproduction.load(cell, folder) for name, cell in unique.items()}
     results = {name: result for name, result in loaded.items() if result is not None}
     _say(f"{len(results)} of {len(unique)} cells are done")
     with _progress("reproduce", len(unique)) as update:
-        for name, cell in unique.items():
-            if name in results:
-                continue
+
+        def done(cell: reproduction.Cell) -> reproduction.CellResult | None:
+            """By another process; a file that was there at first is one that is to be computed again."""
+            found = cell.name not in at_first and reproduction.path_of(cell, folder).exists()
+            return reproduction.load(cell, folder) if found else None
+
+        def compute(cell: reproduction.Cell) -> reproduction.CellResult:
             try:
-                result = reproduction.compute(cell, folder, images, on_progress=functools.partial(update, len(results)))
-            except (training.Interrupted, KeyboardInterrupt) as stopped:
-                number = stopped.signal if isinstance(stopped, training.Interrupted) else signal.SIGINT
-                _fail(f"{str(stopped) or 'stopped by SIGINT'}; the same command goes on", 128 + number)
+                return reproduction.compute(cell, folder, images, on_progress=functools.partial(update, len(results)))
             except ValueError as error:
                 _fail(f"{cell.label} cannot be evaluated: {error}", 1)
-            results[name] = result
-            _say(f"{len(results)} of {len(unique)}: {cell.label}, {result.seconds:.0f} s, {result.report.verdict}")
-            update(len(results), cell.label)
+
+        left = [cell for name, cell in unique.items() if name not in results]
+        try:
+            for cell, result in training.shared_out(left, done, compute):
+                results[cell.name] = result
+                _say(f"{len(results)} of {len(unique)}: {cell.label}, {result.seconds:.0f} s, {result.report.verdict}")
+                update(len(results), cell.label)
+        except (training.Interrupted, KeyboardInterrupt) as stopped:
+            number = stopped.signal if isinstance(stopped, training.Interrupted) else signal.SIGINT
+            _fail(f"{str(stopped) or 'stopped by SIGINT'}; the same command goes on", 128 + number)
     return results
 
 

@@ -337,6 +337,26 @@ def test_sigkill_loses_no_cell(done: Path, tmp_path: Path) -> None:
         assert without_times(path) == without_times(files(done)[name])
 
 
+def test_two_processes_share_the_work(done: Path, tmp_path: Path) -> None:
+    """The same command twice: every network is trained once, every cell evaluated once, and both end in peace."""
+    processes = [SERVER.Process(target=_child, args=(tmp_path,)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    try:
+        for process in processes:
+            process.join(120)
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert len(files(tmp_path)) == 2
+    for name, path in files(tmp_path).items():
+        assert without_times(path) == without_times(files(done)[name])
+    for metrics in tmp_path.glob("networks/*/metrics.jsonl"):
+        steps = [record["step"] for record in map(json.loads, metrics.read_text().splitlines()) if "loss" in record]
+        assert steps == list(range(1, len(steps) + 1))
+
+
 def copied(done: Path, folder: Path) -> tuple[reproduce.Cell, Path]:
     """A finished cell in a folder of its own."""
     cell = two_cells()[0]

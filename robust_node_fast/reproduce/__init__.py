@@ -1,6 +1,6 @@
 """``rnf reproduce cnode`` and ``cifar``: the experiments of arXiv 2508.11432 as cells, each one resumable JSON file."""
 
-from robust_node_fast.reproduce.cell import CellError, CellResult, compute, load, read
+from robust_node_fast.reproduce.cell import CellError, CellResult, compute, load, path_of, read
 from robust_node_fast.reproduce.cifar import cifar_markdown, cifar_picture
 from robust_node_fast.reproduce.grid import Cell, cells, cifar_cells
 from robust_node_fast.reproduce.plot import attacked_and_certified
@@ -19,6 +19,7 @@ __all__ = [
     "compute",
     "load",
     "markdown",
+    "path_of",
     "read",
     "table",
 ]

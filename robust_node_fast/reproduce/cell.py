@@ -122,6 +122,7 @@ def compute(cell: Cell, folder: Path, dataset: Dataset, *, on_progress: OnProgre
     """Train what is not trained yet, evaluate on the full test set, write the cell's file.
 
     Raises:
+        InUse: another process trains or evaluates one of the networks.
         CheckpointError, Interrupted, RunError: as ``training.fit``; or a run folder holds another network than its name
             stands for.
         ValueError: as ``robustness.evaluate``.
@@ -129,7 +130,7 @@ def compute(cell: Cell, folder: Path, dataset: Dataset, *, on_progress: OnProgre
     partner = _trained(cell.partner, folder, dataset, lambda what: on_progress(f"{cell.label}: partner {what}"))
     own = _trained(cell.config, folder, dataset, lambda what: on_progress(f"{cell.label}: {what}"))
     unfinished = folder / "unfinished" / f"{cell.name}.safetensors"
-    with training.writing(folder):
+    with training.writing(folder), training.alone(own.folder):
         unfinished.parent.mkdir(parents=True, exist_ok=True)
         report = robustness.evaluate(
             _to_attack(own.folder),
@@ -164,9 +165,12 @@ def compute(cell: Cell, folder: Path, dataset: Dataset, *, on_progress: OnProgre
 def _trained(config: TrainConfig, folder: Path, dataset: Dataset, on_progress: OnProgress) -> Outcome:
     """The network's run, brought to its end: from its start, from its checkpoint, or there already."""
     run = folder / "networks" / network_name(config)
-    if not (run / "config.json").exists():
-        training.prepare(config, run)
-    elif network_name(training.load_config(run)) != run.name:
+    with training.writing(run):
+        run.mkdir(parents=True, exist_ok=True)
+        with training.alone(run):
+            if not (run / "config.json").exists():
+                training.prepare(config, run)
+    if network_name(training.load_config(run)) != run.name:
         raise RunError(
             f"{run / 'config.json'} describes another network than the folder's name stands for: delete {run}"
         )

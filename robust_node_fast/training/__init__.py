@@ -2,8 +2,9 @@
 
 from robust_node_fast.training.checkpoint import CheckpointError
 from robust_node_fast.training.config import NETWORKS, TrainConfig, ZubovConfig
-from robust_node_fast.training.errors import Interrupted, Refused, RunError
+from robust_node_fast.training.errors import Interrupted, InUse, Refused, RunError
 from robust_node_fast.training.folder import accuracy_by_epoch, last_step, load_config, load_model, prepare, writing
+from robust_node_fast.training.locks import alone, shared_out
 from robust_node_fast.training.networks import NAMES as MODELS
 from robust_node_fast.training.networks import certificate
 from robust_node_fast.training.recipes import RECIPES
@@ -15,6 +16,7 @@ __all__ = [
     "RATE_TOLERANCE",
     "RECIPES",
     "CheckpointError",
+    "InUse",
     "Interrupted",
     "Outcome",
     "Refused",
@@ -22,6 +24,7 @@ __all__ = [
     "TrainConfig",
     "ZubovConfig",
     "accuracy_by_epoch",
+    "alone",
     "certificate",
     "check_device",
     "fit",
@@ -30,5 +33,6 @@ __all__ = [
     "load_model",
     "prepare",
     "rate_sentence",
+    "shared_out",
     "writing",
 ]

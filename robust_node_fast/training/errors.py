@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import signal
 
-__all__ = ["Interrupted", "Refused", "RunError"]
+__all__ = ["InUse", "Interrupted", "Refused", "RunError"]
 
 
 class RunError(RuntimeError):
     """A run cannot go on; the message is one sentence that says why."""
+
+
+class InUse(RunError):
+    """Another process works in the folder."""
 
 
 class Refused(RunError):

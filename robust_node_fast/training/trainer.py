@@ -32,6 +32,7 @@ from robust_node_fast.training.batch_norm import synchronize_batch_norm_
 from robust_node_fast.training.checkpoint import CheckpointError
 from robust_node_fast.training.config import TrainConfig
 from robust_node_fast.training.errors import Interrupted, Refused, RunError
+from robust_node_fast.training.locks import alone
 from robust_node_fast.training.metrics import Metrics
 from robust_node_fast.training.objective import objective_of
 from robust_node_fast.training.signals import StopSignals
@@ -96,6 +97,7 @@ def fit(folder: Path, dataset: Dataset, *, on_step: OnStep | None = None, tensor
         tensorboard: also write the metrics to ``folder/tensorboard``.
 
     Raises:
+        InUse: another process trains there.
         RunError: no run there, the folder cannot be written, no such device, TensorBoard is not installed, batches are
             too small to be shared, or another process is lost.
         Refused: loss or gradient are not finite, or a guard of the objective refuses to go on.
@@ -108,6 +110,8 @@ def fit(folder: Path, dataset: Dataset, *, on_step: OnStep | None = None, tensor
         raise ValueError(f"dataset.name={dataset.name!r} does not fit the run, expected {config.dataset!r}")
     check_device(config.device)
     with distributed.collectives(), run_folder.writing(folder), contextlib.ExitStack() as stack:
+        if distributed.rank() == 0:
+            stack.enter_context(alone(folder))
         trainer = _Trainer(config, dataset, folder)
         trainer.resume()
         stop = stack.enter_context(StopSignals())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Annotated
 
@@ -75,8 +76,11 @@ def reproduce(
     left = [cell for cell in chosen if experiments.read(cell, out_folder) is None]
     typer.echo(f"rnf: {len(chosen) - len(left)} of {len(chosen)} cells are done", err=True)
     with Console(stderr=True).status("") as status:
-        for cell in left[:max_cells]:
-            found = experiments.compute(cell, out_folder, work, on_progress=status.update, data_root=data_root)
+        compute = functools.partial(
+            experiments.compute, folder=out_folder, work=work, on_progress=status.update, data_root=data_root
+        )
+        done = functools.partial(experiments.read, folder=out_folder)
+        for cell, found in training.shared_out(left[:max_cells], done, compute):
             typer.echo(f"rnf: {cell.part}/{cell.row}, seed {cell.config.seed}: {found['seconds']:.0f} s", err=True)
     with writing(out_folder):
         out_folder.mkdir(parents=True, exist_ok=True)

@@ -230,10 +230,20 @@ def compute(
         path.parent.mkdir(parents=True, exist_ok=True)
     dataset = data.load(cell.config.dataset, data_root)
     run = work / f"{cell.part}-{path.stem}"
-    if isinstance(cell, Plane):
-        found = _plane(cell, path.with_suffix(".png"), run, dataset, on_progress)
+    before = _before(cell, dataset) if isinstance(cell, Plane) else None
+    found: dict[str, Any] = {"refused": None} if before is None else {"before": _describe(before[1]), "refused": None}
+    try:
+        net, outcome = _trained(cell, run, dataset, on_progress)
+    except Refused as error:  # what a guard says is the result
+        found["refused"] = str(error)
     else:
-        found = _images(cell, run, dataset, on_progress)
+        found |= {"last_step": training.last_step(run), "train_seconds": outcome.seconds}
+        with training.alone(run):
+            if isinstance(cell, Images):
+                found |= _evaluated(cell, net, dataset, on_progress)
+            else:
+                assert before is not None
+                found["after"] = _after(cell, before, net, outcome, dataset, path.with_suffix(".png"))
     content = {
         "protocol": PROTOCOL,
         "command": f"rnf reproduce zubov --only '{cell.part}/{cell.row}' --seeds {cell.config.seed + 1} "
@@ -256,7 +266,10 @@ def _label(cell: Cell) -> str:
 
 def _trained(cell: Cell, run: Path, dataset: data.Dataset, on_progress: OnProgress) -> tuple[nn.Module, Outcome]:
     """The network of the cell's run, brought to its end: from its start, from its checkpoint, or there already."""
-    training.prepare(cell.config, run, resume=True)
+    with training.writing(run):
+        run.mkdir(parents=True, exist_ok=True)
+        with training.alone(run):
+            training.prepare(cell.config, run, resume=True)
     try:
         outcome = training.fit(
             run, dataset, on_step=lambda step, total, _: on_progress(f"{_label(cell)}: step {step} of {total}")
@@ -266,29 +279,33 @@ def _trained(cell: Cell, run: Path, dataset: data.Dataset, on_progress: OnProgre
     return training.load_model(run)[0], outcome
 
 
-def _plane(cell: Plane, image: Path, run: Path, dataset: data.Dataset, on_progress: OnProgress) -> dict[str, Any]:
-    points, labels = dataset.train_images, dataset.train_labels
+def _before(cell: Plane, dataset: data.Dataset) -> tuple[ZubovNet, planar.Regions]:
     untrained = cell.config.initial_model()
     assert isinstance(untrained, ZubovNet)
-    before = planar.regions(untrained, points)
-    found: dict[str, Any] = {"before": _describe(before), "refused": None}
-    try:
-        net, outcome = _trained(cell, run, dataset, on_progress)
-    except Refused as error:  # what a guard says is the result
-        return {**found, "refused": str(error)}
+    return untrained, planar.regions(untrained, dataset.train_images)
+
+
+def _after(
+    cell: Plane,
+    before: tuple[ZubovNet, planar.Regions],
+    net: nn.Module,
+    outcome: Outcome,
+    dataset: data.Dataset,
+    image: Path,
+) -> dict[str, Any]:
+    """What the trained network's regions are; draws them."""
     assert isinstance(net, ZubovNet)
-    after = planar.regions(net, points)
+    points = dataset.train_images
+    regions = planar.regions(net, points)
     with torch.no_grad():
         own = net.lyapunov(net.features(dataset.test_images)).gather(1, dataset.test_labels[:, None])
-    found["last_step"], found["train_seconds"] = training.last_step(run), outcome.seconds
-    found["after"] = {
-        **_describe(after),
+    picture.before_and_after(cell.row, [before, (net, regions)], points, dataset.train_labels, image)
+    return {
+        **_describe(regions),
         "iou_in_the_networks_steps": planar.regions(net, points, step_size=net.dynamics.step_size).overlaps,
         "accuracy": outcome.accuracy,
         "in_own_region": float((own < 1.0).float().mean()),
     }
-    picture.before_and_after(cell.row, [(untrained, before), (net, after)], points, labels, image)
-    return found
 
 
 def _describe(regions: planar.Regions) -> dict[str, Any]:
@@ -300,12 +317,8 @@ def _describe(regions: planar.Regions) -> dict[str, Any]:
     }
 
 
-def _images(cell: Images, run: Path, dataset: data.Dataset, on_progress: OnProgress) -> dict[str, Any]:
+def _evaluated(cell: Images, net: nn.Module, dataset: data.Dataset, on_progress: OnProgress) -> dict[str, Any]:
     seed = cell.config.seed
-    try:
-        net, outcome = _trained(cell, run, dataset, on_progress)
-    except Refused as error:  # what a guard says is the result
-        return {"refused": str(error)}
     bare = contenders.bare_backbone(net, dataset.train_images, dataset.train_labels, data.num_classes(cell.part))
     test = (dataset.test_images, dataset.test_labels)
     report = robustness.evaluate(
@@ -324,9 +337,6 @@ def _images(cell: Images, run: Path, dataset: data.Dataset, on_progress: OnProgr
     with torch.no_grad():
         right = [bare(x).argmax(1) == y for x, y in zip(*(torch.split(part, 512) for part in test), strict=True)]
     return {
-        "refused": None,
-        "last_step": training.last_step(run),
-        "train_seconds": outcome.seconds,
         "regions": _regions(net, dataset) if isinstance(net, ZubovNet) else None,
         "bare_accuracy": float(torch.cat(right).double().mean()),
         "margin": {str(radius): _margin_attack(net, images, labels, radius, seed) for radius in cell.eps},
