@@ -5,12 +5,29 @@ from __future__ import annotations
 import csv
 import json
 import re
+import statistics
 from pathlib import Path
 
 import pytest
 
+from robust_node_fast import reproduce
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def means(dataset: str, row: str) -> dict[tuple[str, float], float]:
+    """In %, over the training seeds there are."""
+    cells = [
+        path
+        for cell in reproduce.cells(dataset, only=[row])
+        if (path := reproduce.path_of(cell, ROOT / "docs" / "results" / dataset)).exists()
+    ]
+    reports = [json.loads(path.read_text())["report"]["results"] for path in cells]
+    return {
+        (result["name"], result["strength"]): statistics.fmean(100.0 * each[i]["mean"] for each in reports)
+        for i, result in enumerate(reports[0])
+    }
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -68,8 +85,12 @@ def test_figures_of_the_readme_come_from_the_committed_results() -> None:
         return {(result["name"], result["strength"]): f"{100 * result['mean']:.1f}%" for result in found}
 
     certified, paper, authors = map(accuracies, ("default-certified", "default-2", "authors-2"))
+    kept = {row: means("mnist", f"grid/{row}")["pgd", 0.02] for row in ("authors/2", "authors/none", "default/none")}
+    by_paper, by_start = (kept[row] - kept["default/none"] for row in ("authors/2", "authors/none"))
     text = " ".join((ROOT / "README.md").read_text().split())
     for sentence in (
+        f"its network keeps {by_paper:.1f} points more than a vanilla one from PyTorch's start",
+        f"a vanilla one from the same start {by_start:.1f}",
         f"classifies {certified['clean', 0.0]} of the clean images, {certified['pgd', 0.1]} under PGD-40",
         f"{certified['certified', 0.1]} are certified there",
         f"keeps {paper['pgd', 0.1]} under PGD, {authors['pgd', 0.1]} from its authors' start",
@@ -81,4 +102,18 @@ def test_figures_of_the_readme_come_from_the_committed_results() -> None:
         f"training | {forward}, {attack}, {training} | {', '.join(old[:3])} |",
         f"`recompute=False` | {', '.join(wide)} | {', '.join(old[3:])} |",
     ):
+        assert sentence in text, sentence
+
+
+def test_figures_of_the_page_on_certificates_come_from_the_committed_results() -> None:
+    with (ROOT / "bench" / "results" / "certify.csv").open() as file:
+        forwards = {row["work"]: float(row["forwards"]) for row in csv.DictReader(file)}["certificate"]
+
+    mnist, fashion = means("mnist", "certified"), means("fashionmnist", "certified")
+    text = " ".join((ROOT / "docs" / "certify.md").read_text().split())
+    sentences = [f"takes {forwards:.1f} plain forward passes"]
+    for found, eps in ((mnist, 0.1), (fashion, 0.05)):
+        clean, attacked, held = (found[key] for key in (("clean", 0.0), ("pgd", eps), ("certified", eps)))
+        sentences.append(f"{clean:.1f}% clean, {attacked:.1f}% under PGD-40, {held:.1f}% certified")
+    for sentence in sentences:
         assert sentence in text, sentence
