@@ -149,3 +149,14 @@ for c in (32, 64):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == isa
+
+
+@compiled
+def test_an_unknown_instruction_set_counts_as_none() -> None:
+    code = "import robust_node_fast as r; print(r.backend_info()['backends']['cpu']['isa'])"
+    env = {name: value for name, value in os.environ.items() if name != "RNF_CPU_ISA"}
+    chosen = {
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=each).stdout
+        for each in (env, {**env, "RNF_CPU_ISA": "avx9000"}, {**env, "RNF_CPU_ISA": ""})
+    }
+    assert len(chosen) == 1

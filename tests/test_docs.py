@@ -120,3 +120,38 @@ def test_figures_of_the_page_on_certificates_come_from_the_committed_results() -
     assert (ROOT / "docs" / "results.md").read_text().count("The certified network dominates it") == 4
     for sentence in sentences:
         assert sentence in text, sentence
+
+
+def test_figures_of_the_page_on_cpu_kernels_come_from_the_committed_results() -> None:
+    results = ROOT / "bench" / "results"
+
+    def rows(path: Path) -> list[dict[str, str]]:
+        with path.open() as file:
+            return list(csv.DictReader(file))
+
+    def slowest(folder: Path) -> dict[str, str]:
+        found = [
+            row for row in rows(folder / "flow.csv") if row["provider"] == "robust_node_fast" and row["status"] == "ok"
+        ]
+        return min(found, key=lambda row: float(row["best_pytorch_over_this"] or "inf"))
+
+    here, intel = slowest(results), slowest(results / "intel_amx")
+    shape = "one of {channels} channels and {height}x{width} trains".format(**here)
+    old_shape = "with {channels} channels and {height}x{width}".format(**intel)
+    assert here["mode"] == "forward+backward"
+    step = {
+        row["provider"]: float(row["p50_ms"] or "nan")
+        for row in rows(results / "flow.csv")
+        if row["workload"] == "one step, C64, B1"
+    }
+    rounding = {row["algorithm"]: float(row["flow_max"]) for row in rows(results / "winograd_error.csv")}
+    narrow = rounding["F(4x4) 0 1/sqrt2 sqrt2"]
+    wide = min(error for name, error in rounding.items() if name.startswith("F(6x6)"))
+    text = " ".join((ROOT / "docs" / "kernels.md").read_text().split())
+    for sentence in (
+        f"{shape} {float(here['best_pytorch_over_this']):.1f} times as fast",
+        f"{step['ncnn (convolution only)'] / step['robust_node_fast']:.2f} times as fast",
+        f"ours had {float(intel['best_pytorch_over_this']):.2f} of its speed {old_shape}",
+        f"it has {wide:.1f} times PyTorch's error over 16 steps, where F(4x4, 3x3) has {narrow:.1f}",
+    ):
+        assert sentence in text, sentence

@@ -314,3 +314,30 @@ print((resident() - before) / 2**20)
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=120)
     grown = float(done.stdout)
     assert 64 < grown < 256 + 32, f"{grown:.0f} MiB"
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc to see the memory in use")
+def test_memory_of_what_was_saved_is_bounded() -> None:
+    """What 24 flows saved, 51 to 63 MiB each and no two alike, 1.3 GiB: at most 512 MiB stay."""
+    code = """
+import resource, torch
+from robust_node_fast import functional
+
+def flow(batch):
+    input = torch.zeros(batch, 16, 32, 32, requires_grad=True)
+    functional.euler_conv_flow(input, weight, step_size=0.1, recompute=False).sum().backward()
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+weight = torch.randn(8, 16, 16, 3, 3) / 12
+flow(1)
+before = resident()
+for batch in range(102, 126):
+    flow(batch)
+print((resident() - before) / 2**20)
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=120)
+    grown = float(done.stdout)
+    assert grown < 512 + 64, f"{grown:.0f} MiB"

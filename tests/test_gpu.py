@@ -2,7 +2,7 @@
 
 Inputs are new in every run (the seed is printed), and every output starts as NaN, so that an element that no kernel
 writes shows. The criterion is that of ``test_numerics.py``: at most twice the error that PyTorch makes in the same
-dtype on the same card, and some units in the last place.
+dtype on the same card, and 16 units in the last place in float32, one in 16 bits.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ pytestmark = [
 ]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = ("triton", "cuda")
-ULPS = 16
+ULPS = {torch.float32: 16, torch.bfloat16: 1, torch.float16: 1}
 
 
 @pytest.fixture(autouse=True, params=BACKENDS)
@@ -90,7 +90,7 @@ def assert_as_accurate(ours: list[Tensor], same_dtype: list[Tensor], exact: list
     for i, (mine, theirs, truth) in enumerate(zip(ours, same_dtype, exact, strict=True)):
         assert mine.dtype == theirs.dtype, i
         scale = max(1.0, truth.abs().max().item()) if truth.numel() else 1.0
-        allowed = 2 * max_error(theirs, truth) + ULPS * torch.finfo(mine.dtype).eps * scale
+        allowed = 2 * max_error(theirs, truth) + ULPS[mine.dtype] * torch.finfo(mine.dtype).eps * scale
         assert max_error(mine, truth) <= allowed, f"result {i}: {max_error(mine, truth):.3e}, allowed {allowed:.3e}"
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -114,6 +117,22 @@ def test_editable_install_runs_the_compiled_library() -> None:
     done = run(CHECK, RNF_STRICT="1")
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[1:] == ["cpu", "0"]
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="no nm on this machine to list a library's symbols with")
+@pytest.mark.parametrize("name", ["_C", "_cuda_C"])
+def test_only_the_stable_interface_of_pytorch_is_linked(name: str) -> None:
+    """So that one build serves several versions of PyTorch: no symbol of its C++ classes, only C functions."""
+    spec = importlib.util.find_spec(f"robust_node_fast.{name}")
+    if spec is None or spec.origin is None:
+        pytest.skip(f"robust_node_fast.{name} was not built")
+    listed = subprocess.run(
+        ["nm", "-DC", "--undefined-only", spec.origin], check=True, capture_output=True, text=True
+    ).stdout
+    wanted = [line.split(maxsplit=1)[-1] for line in listed.splitlines()]
+    assert [symbol for symbol in wanted if re.search(r"\b(at|c10|caffe2|torch)::", symbol)] == []
+    assert any(symbol.startswith("aoti_torch_") for symbol in wanted) == (name == "_C")  # the other takes addresses
+    assert any("std::runtime_error::" in symbol for symbol in wanted)  # names were taken apart, so the first would show
 
 
 def test_without_a_compiler_everything_runs_on_the_reference_and_says_so_once(pure_site: Path) -> None:
