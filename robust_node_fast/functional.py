@@ -221,8 +221,7 @@ def euler_conv_flow_bound(
 ) -> tuple[Tensor, Tensor]:
     """Bound E: ``z`` and ``r`` with ``|euler_conv_flow(x) - z| <= r`` wherever ``|x - input| <= radius``.
 
-    Both for the flow in exact arithmetic: ``r`` covers the rounding of ``z`` as well. In float64 that holds for the
-    compiled kernel; the PyTorch reference leaves out its own rounding, of 1e-13 or so relative to ``z`` and ``r``.
+    Both for the flow in exact arithmetic: ``r`` covers the rounding of ``z`` as well.
 
     The box is carried from step to step, with the centre tap ``m`` of a channel, ``u`` the convolution of the centre,
     ``change = conv2d(r, |weight|)`` and ``t = s'(u)``::

@@ -166,19 +166,24 @@ def bound_e(
     step_size: float,
     negative_slope: float,
     n_steps: int,
+    rounding: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Bound E: centre and radius of the box that the states of ``euler_conv_flow`` stay in.
 
-    Differentiable; in the inputs' dtype, whose rounding is not covered. ``functional.euler_conv_flow_bound`` has the
-    proof.
+    Differentiable. ``functional.euler_conv_flow_bound`` has the proof. With ``rounding``, a relative error that no sum
+    of a convolution and no function exceeds, the radius covers the errors of this arithmetic as well: ``|u - (W z +
+    b)|`` is at most ``rounding (|W| |z| + |b|)``, so the radius is carried as ``r + rounding |z|``; what else is
+    rounded is no larger than the terms of the last line.
     """
     z, r, h, a = input, radius, step_size, negative_slope
     for k in range(n_steps):
+        if rounding:
+            r = r + rounding * z.abs()
         w = weight if weight.dim() == 4 else weight[k]
         b = bias if bias is None or weight.dim() == 4 else bias[k]
         padding = int(w.shape[-1]) // 2
         u = F.conv2d(z, w, b, padding=padding)
-        change = F.conv2d(r, w.abs(), padding=padding)
+        change = F.conv2d(r, w.abs(), None if b is None or not rounding else rounding * b.abs(), padding=padding)
         m = w[..., padding, padding].diagonal().view(-1, 1, 1)
         others = change - m.abs() * r
         s, t = smooth_leaky_relu(u, a), a + (1.0 - a) * torch.sigmoid(u)
@@ -186,7 +191,15 @@ def bound_e(
         high = smooth_leaky_relu(u + change, a) - s - t * change
         gap = h * (torch.maximum(low, high) if a <= 1.0 else torch.minimum(low, high))  # convex, or concave
         z, r = z + h * s + 0.5 * gap, (1.0 + h * t * m).abs() * r + (h * t).abs() * others + 0.5 * gap.abs()
+        if rounding:
+            terms = abs(h) * (abs(a) + abs(1.0 - a)) * (1.0 + u.abs() + change)
+            r = r + rounding * (r + z.abs() + terms)
     return z, r
+
+
+def rounding_of_sums(terms: int) -> float:
+    """A relative error that a sum of so many terms in float64 stays well below, in any order, and ``exp`` too."""
+    return (terms + 32) * torch.finfo(torch.float64).eps
 
 
 def round_outward(centre: Tensor, radius: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -207,30 +220,43 @@ def euler_conv_flow_bound(
     negative_slope: float,
     n_steps: int,
 ) -> tuple[Tensor, Tensor]:
-    """``bound_e`` in float64, rounded outward to the input's dtype."""
+    """``bound_e`` in float64 with all of its rounding, rounded outward to the input's dtype."""
     tensors = (input.double(), radius.double(), weight.double(), None if bias is None else bias.double())
-    return round_outward(*bound_e(*tensors, step_size, negative_slope, n_steps), input.dtype)
+    rounding = rounding_of_sums(math.prod(weight.shape[-3:]))
+    return round_outward(*bound_e(*tensors, step_size, negative_slope, n_steps, rounding), input.dtype)
 
 
 def bound_of_activated_conv(
-    input: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | None, negative_slope: float
+    input: Tensor,
+    radius: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    negative_slope: float,
+    rounding: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Centre and radius of the box that ``smooth_leaky_relu(conv2d(x))`` stays in; rounding not covered."""
-    padding = int(weight.shape[-1]) // 2
+    """Centre and radius of the box that ``smooth_leaky_relu(conv2d(x))`` stays in; ``rounding`` as in ``bound_e``."""
+    padding, a = int(weight.shape[-1]) // 2, negative_slope
     u = F.conv2d(input, weight, bias, padding=padding)
-    change = F.conv2d(radius, weight.abs(), padding=padding)
-    if negative_slope < 0.0:  # it falls and rises: no slope is larger than these
-        return smooth_leaky_relu(u, negative_slope), max(1.0, -negative_slope) * change
-    low, high = smooth_leaky_relu(u - change, negative_slope), smooth_leaky_relu(u + change, negative_slope)
-    return 0.5 * (low + high), 0.5 * (high - low)
+    kept = radius + rounding * input.abs() if rounding else radius
+    lost = None if bias is None or not rounding else rounding * bias.abs()
+    change = F.conv2d(kept, weight.abs(), lost, padding=padding)
+    if a < 0.0:  # it falls and rises: no slope is larger than these
+        z, r = smooth_leaky_relu(u, a), max(1.0, -a) * change
+    else:
+        low, high = smooth_leaky_relu(u - change, a), smooth_leaky_relu(u + change, a)
+        z, r = 0.5 * (low + high), 0.5 * (high - low)
+    if rounding:
+        r = r + rounding * (r + (abs(a) + abs(1.0 - a)) * (1.0 + u.abs() + change))
+    return z, r
 
 
 def activated_conv_bound(
     input: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | None, negative_slope: float
 ) -> tuple[Tensor, Tensor]:
-    """``bound_of_activated_conv`` in float64, rounded outward to the input's dtype."""
+    """``bound_of_activated_conv`` in float64 with all of its rounding, rounded outward to the input's dtype."""
     tensors = (input.double(), radius.double(), weight.double(), None if bias is None else bias.double())
-    return round_outward(*bound_of_activated_conv(*tensors, negative_slope), input.dtype)
+    rounding = rounding_of_sums(math.prod(weight.shape[-3:]))
+    return round_outward(*bound_of_activated_conv(*tensors, negative_slope, rounding), input.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -201,16 +201,141 @@ def test_parametrised_weights_count_as_they_are() -> None:
     assert type(model.get_submodule("conv0")).__name__ == "ParametrizedConv2d"  # of the user's, nothing is taken away
 
 
-def test_no_certificate_rests_on_numbers_that_cancel() -> None:
-    """In float64 this sample is classified rightly, in exact arithmetic it is not."""
-    model = nn.Sequential(nn.Flatten(), nn.Linear(3, 2)).eval()
+def cancelling(kind: str) -> nn.Module:
+    """``2^60 - 0.25 - 2^60 + 0.1`` for class 0, in different layers: float64 loses the 0.25, and with it the sign."""
+    huge = torch.tensor([2.0**60, 1.0, -(2.0**60)])
+    head = nn.Linear(2, 2)
+    body: list[nn.Module] = [nn.Flatten()]
+    if kind == "linear":
+        layer: nn.Module = nn.Linear(3, 2)
+        body += [layer]
+    elif kind == "flow":  # the other layers hand on a number each
+        layer = rnf.nn.EulerConvFlow(2, 1, 1.0, kernel_size=7, negative_slope=1.0)
+        body = [layer, nn.Flatten()]
+        head = nn.Linear(6, 2)
+    else:
+        strided = kind == "strided"
+        layer = nn.Conv2d(1, 2, (1, 3), stride=2 if strided else 1, padding=(0, 0))
+        body = [layer, *([nn.BatchNorm2d(2)] if kind == "batch norm" else []), nn.Flatten()]
+    model = nn.Sequential(*body, head).double().eval()
     with torch.no_grad():
-        model[1].weight.copy_(torch.tensor([[2.0**60, 1.0, -(2.0**60)], [0.0, 0.0, 0.0]]))
-        model[1].bias.copy_(torch.tensor([0.1, 0.0]))
-    x, y = torch.tensor([[1.0, -0.25, 1.0]]), torch.zeros(1, dtype=torch.long)
-    assert model.double()(x.double()).argmax(1) == 0
+        for parameter in model.parameters():
+            parameter.zero_()
+        if kind == "flow":  # the pixel in the middle: 0.3 + 2^60 - 0.9 - 2^60
+            layer.weight[0, 0, 0, 3, 2:5] = torch.tensor([2.0**60, -3.0, -(2.0**60)])
+            head.weight[0, 1] = 1.0
+        else:
+            layer.weight[0] = huge.view(layer.weight[0].shape)
+            layer.bias[0] = 0.1
+            head.weight.copy_(torch.eye(2))
+        if kind == "batch norm":
+            body[1].weight.fill_(1.0)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["linear", "convolution", "strided", "batch norm", "flow"])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_no_certificate_rests_on_numbers_that_cancel(kind: str, backend: str) -> None:
+    """In float64 this sample is classified rightly, in exact arithmetic it is not."""
+    model = cancelling(kind)
+    row = torch.tensor([1.0, -0.25, 1.0], dtype=torch.float64)
+    middle = torch.tensor([[1.0, 0.3, 1.0], [0.0, 0.0, 0.0]], dtype=torch.float64)
+    x = middle.view(1, 2, 1, 3) if kind == "flow" else row.view(1, 1, 1, 3)
+    y = torch.zeros(1, dtype=torch.long)
+    rnf.set_backend(backend)
+    try:
+        assert model(x).argmax(1) == 0
+        assert not certify.linf_certified(model, x, y, 0.0).any()
+        assert not certify.l2_radius(model, x, y).any()
+        assert not certify.lipschitz_radius(model, x, y, p="inf").any()
+    finally:
+        rnf.set_backend("auto")
+
+
+@pytest.mark.parametrize("shift", [2.0**60, -(2.0**60)])
+def test_a_shift_that_cancels_is_no_certificate(shift: float) -> None:
+    """``(0 - mean) scale + bias`` with a mean and a bias that are the same but for what the sum loses."""
+    norm = nn.BatchNorm2d(1, eps=0.0).double()
+    model = nn.Sequential(norm, nn.Flatten(), nn.Linear(1, 2).double()).eval()
+    with torch.no_grad():
+        norm.running_mean.fill_(shift)
+        norm.bias.fill_(shift)
+        model[2].weight.copy_(torch.tensor([[1.0], [-1.0]]))
+        model[2].bias.zero_()
+    x, y = torch.full((1, 1, 1, 1), 1e-3, dtype=torch.float64), torch.zeros(1, dtype=torch.long)
     assert not certify.linf_certified(model, x, y, 0.0).any()
     assert not certify.l2_radius(model, x, y).any()
+
+
+def test_errors_count_as_much_as_the_next_layers_enlarge_them() -> None:
+    """The first layer loses 2^-44, 2^-55 of what it adds up; the second multiplies that by 2^42."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3, 1), nn.Linear(1, 1), nn.Linear(1, 2)).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        model[1].weight.copy_(torch.tensor([[2.0**10, -(2.0**-44), -(2.0**10)]], dtype=torch.float64))
+        model[2].weight.fill_(2.0**42)
+        model[3].weight.copy_(torch.tensor([[1.0], [0.0]]))
+        model[3].bias.copy_(torch.tensor([0.125, 0.0]))  # exactly, 0.125 - 0.25
+    x, y = torch.ones(1, 1, 1, 3, dtype=torch.float64), torch.zeros(1, dtype=torch.long)
+    assert model(x).argmax(1) == 0
+    assert not certify.linf_certified(model, x, y, 0.0).any()
+    for p in ("inf", "1", "2"):
+        assert not certify.lipschitz_radius(model, x, y, p=p).any()
+
+
+@given(
+    shape=st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 5), st.integers(1, 5)),
+    stride=st.integers(1, 2),
+    padding_mode=st.sampled_from(("zeros", "circular")),
+    seed=st.integers(0, 10**6),
+)
+@settings(max_examples=40)
+def test_spectral_norm_of_a_convolution_against_its_dense_operator(
+    shape: tuple[int, int, int, int], stride: int, padding_mode: str, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    out, into, *kernel = shape
+    padding = tuple((k - 1) // 2 for k in kernel)
+    conv = nn.Conv2d(into, out, kernel, stride, padding, bias=False, padding_mode=padding_mode, dtype=torch.float64)
+    exact = torch.linalg.matrix_norm(matrix_of(conv, into, 9), 2).item()
+    bound = certify.spectral.convolution_norm(conv.weight).item()
+    assert exact <= bound
+    if stride == 1 and padding_mode == "circular" and kernel == [3, 3]:
+        assert bound <= 1.15 * exact  # of all frequencies, a ninth is in the picture
+
+
+@given(rows=st.integers(1, 40), columns=st.integers(1, 40), scale=st.sampled_from((1e-150, 1.0, 1e150)))
+@settings(max_examples=30)
+def test_spectral_norm_of_a_matrix(rows: int, columns: int, scale: float) -> None:
+    matrix = scale * torch.randn(rows, columns, dtype=torch.float64)
+    exact, bound = torch.linalg.matrix_norm(matrix, 2).item(), certify.spectral.matrix_norm(matrix).item()
+    assert exact <= bound <= 1.02 * exact
+    assert certify.spectral.matrix_norm(torch.zeros(rows, columns)) == 0.0
+
+
+def test_what_is_not_finite_has_no_small_norm() -> None:
+    matrix = torch.eye(3)
+    matrix[0, 0] = torch.nan
+    assert certify.spectral.matrix_norm(matrix).isnan()
+
+
+@pytest.mark.parametrize("step_size", [-0.4, 0.1, 0.9])
+@pytest.mark.parametrize("negative_slope", [-0.2, 0.1, 1.5])
+def test_spectral_norm_of_an_euler_step(step_size: float, negative_slope: float) -> None:
+    """Against the Jacobian with slopes drawn between the two that the activation has, and at its ends."""
+    flow = rnf.nn.EulerConvFlow(3, 2, step_size, negative_slope=negative_slope).double()
+    low, high = sorted((negative_slope, 1.0))
+    bounds = certify.lipschitz._euler_norm(flow.weight, step_size, (low, high))
+    for weight, bound in zip(flow.weight, bounds.tolist(), strict=True):
+        conv = nn.Conv2d(3, 3, 3, padding=1, bias=False).double()
+        conv.weight.data.copy_(weight)
+        matrix = matrix_of(conv, 3, 6)
+        for _ in range(20):
+            share = torch.rand(len(matrix), 1).double()
+            slopes = low + (high - low) * (share if torch.rand(()) < 0.5 else share.round())
+            step = torch.eye(len(matrix)).double() + step_size * slopes * matrix
+            assert torch.linalg.matrix_norm(step, 2) <= bound
 
 
 def test_the_finest_search_ends() -> None:

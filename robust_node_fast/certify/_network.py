@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from robust_node_fast import _checks
+from robust_node_fast import _checks, reference
 from robust_node_fast.nn import EulerConvFlow, PadChannels, SmoothLeakyReLU
 
-# Of a network's own arithmetic in float64, relative to the largest number in it (``largest_in``): far above what its
-# sums can lose (docstring of interval.py), far below any margin that matters.
+# Of a last comparison in float64, relative to what is compared: far above what its sums can lose, far below any margin
+# that matters. What the layers before it lose is followed through the network (``rounding_of``).
 ROUNDING = 1e-9
 
 _COMPARED = 32  # samples on which the layers are compared with the model
@@ -143,11 +144,43 @@ def same_function(model: nn.Module, layers: Sequence[nn.Module], x: Tensor) -> N
         raise ValueError("model.layers() does not compute what model.forward() does: no certificate is possible")
 
 
-def largest_in(layer: nn.Module, z: Tensor) -> Tensor:
-    """At least the largest magnitude of what enters a layer, and of what a linear layer adds up: ``(B, 1)`` float64."""
+def rounding_of(layer: nn.Module) -> float:
+    """A relative error in float64 that none of the sums and functions in a layer exceeds."""
+    if isinstance(layer, nn.AvgPool2d):
+        size = layer.kernel_size
+        return reference.rounding_of_sums(size * size if isinstance(size, int) else math.prod(size))
+    weight = getattr(layer, "weight", None)
+    # An Euler flow has filters of its own for every step, a linear layer rows.
+    shared = isinstance(layer, EulerConvFlow) and weight is not None and weight.dim() == 5
+    terms = 1 if weight is None or weight.dim() == 1 else math.prod(weight.shape[2 if shared else 1 :])
+    return reference.rounding_of_sums(terms)
+
+
+def summed_in(layer: nn.Module, z: Tensor) -> Tensor:
+    """At least what any number that a layer computes of ``z`` adds up, in magnitude: ``(B, 1)`` float64."""
     low, high = torch.aminmax(z.flatten(1), dim=1, keepdim=True)
     found = torch.maximum(high, -low).double()
-    return found * layer.weight.abs().sum(1).max().clamp_min(1.0) if isinstance(layer, nn.Linear) else found
+    if isinstance(layer, nn.BatchNorm2d):
+        scale, shift = normalisation_of(layer)
+        return found * scale.max() + shift.max()
+    if not isinstance(layer, nn.Conv2d | nn.Linear):
+        return found
+    bias = 0.0 if layer.bias is None else layer.bias.abs().max()
+    return found * layer.weight.abs().flatten(1).sum(1).max() + bias
+
+
+def normalisation_of(layer: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """``scale`` and ``|mean| scale + |bias|`` of every channel.
+
+    Raises:
+        ValueError: it uses the statistics of its batch.
+    """
+    if layer.training or layer.running_var is None or layer.running_mean is None:
+        raise ValueError("a BatchNorm2d uses the statistics of its batch, expected it in eval mode with running ones")
+    scale = (layer.running_var + layer.eps).rsqrt()
+    scale = scale if layer.weight is None else scale * layer.weight.abs()
+    shift = layer.running_mean.abs() * scale
+    return scale, shift if layer.bias is None else shift + layer.bias.abs()
 
 
 def margins(logits: Tensor, y: Tensor) -> Tensor:

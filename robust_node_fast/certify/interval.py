@@ -16,13 +16,14 @@ layer. The centre follows the network from the input on, but activations and flo
 - The head: ``f_y - f_j`` changes by ``(w_y - w_j) (z' - z)``, at most ``|w_y - w_j| R``, which knows that all logits
   see the same perturbation. Certified if the centre's margin is larger for all ``j != y``.
 
-Soundness of the arithmetic: where the weights are float32 numbers, flows and a convolution with the activation behind
-it run in float32, on kernels that round outward and cover all of their own errors (csrc/cpu/interval.inc); so do the
-conversions before them. Everything else is in float64: bounds are sums of
-non-negative numbers, whose relative error is at most the number of terms times 2^-53, layer by layer: below 1e-10 for
-sums of 10^4 terms in 100 layers. The final comparison asks for more margin than the bound, by 1e-9 of the largest
-number in these layers, of the logits and of the bound. So a certificate is about the network in exact arithmetic with
-the weights as they are.
+Soundness of the arithmetic: flows, and a convolution with the activation behind it, cover the errors of their own: in
+float32 where the weights are float32 numbers and the compiled library is there (csrc/cpu/interval.inc), else in float64
+(``reference.bound_e``). All other layers are in float64. There a relative error ``g`` that none of a layer's sums
+exceeds (twice 2^-53 for every term) is covered by entering with ``R + g |z|``, which a linear layer turns into ``|W| R
++ g |W| |z|``, at least what its sums lose, and by adding ``g (|z| + R)`` of the result; BatchNorm adds ``g`` of what it
+shifts by. So what one layer loses is followed through the next ones like any other perturbation, and a certificate is
+about the network in exact arithmetic with the weights as they are. The final comparison asks for more margin than the
+bound, by 1e-9 of what the head adds up and of the bound.
 
 Source: arXiv 2508.11432 for the network; the bound is this project's (interval bounds with a slope for each pixel).
 """
@@ -30,7 +31,7 @@ Source: arXiv 2508.11432 for the network; the bound is this project's (interval 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -115,10 +116,7 @@ def _activation(layer: SmoothLeakyReLU | nn.ReLU, box: Box) -> Box:
 
 
 def _batch_norm(layer: nn.BatchNorm2d, box: Box) -> Box:
-    if layer.training or layer.running_var is None:
-        raise ValueError("a BatchNorm2d uses the statistics of its batch, expected it in eval mode with running ones")
-    scale = (layer.running_var + layer.eps).rsqrt()
-    scale = scale if layer.weight is None else scale * layer.weight.abs()
+    scale, _ = _network.normalisation_of(layer)
     return Box(layer(box.centre), box.radius * scale.view(-1, 1, 1))
 
 
@@ -150,16 +148,31 @@ _MOVING = (nn.Flatten, nn.Identity, PadChannels)  # numbers, and computing nothi
 _ROUNDING_OUTWARD = (EulerConvFlow, ActivatedConv)
 
 
-def _boxes(body: Sequence[nn.Module], x: Tensor, eps: Tensor) -> Iterator[Box]:
-    """The box in front of every layer, and behind the last; ``eps`` is one number for each sample, or one for all."""
+def _behind(body: Sequence[nn.Module], x: Tensor, eps: Tensor, *, covered: bool) -> Box:
+    """The box behind the layers; ``eps`` is one number for each sample, or one for all.
+
+    ``covered``: it holds for the network in exact arithmetic (module docstring).
+    """
     box = Box(x, eps.view(-1, *(1,) * (x.dim() - 1)).expand(-1, *x.shape[1:]))
     for layer in body:
-        if not isinstance(layer, _MOVING):
-            dtype = layer.weight.dtype if isinstance(layer, _ROUNDING_OUTWARD) else x.dtype
-            box = Box(*reference.round_outward(*box, dtype))
-        yield box
-        box = _through(layer, box)
-    yield box
+        if isinstance(layer, _MOVING):
+            box = _through(layer, box)
+        elif isinstance(layer, _ROUNDING_OUTWARD):
+            box = _through(layer, Box(*reference.round_outward(*box, layer.weight.dtype)))
+        else:
+            box = Box(*reference.round_outward(*box, x.dtype))
+            box = _through_covered(layer, box) if covered else _through(layer, box)
+    return box
+
+
+def _through_covered(layer: nn.Module, box: Box) -> Box:
+    """``_through`` with the errors that it makes in float64."""
+    lost = _network.rounding_of(layer)
+    centre, radius = _through(layer, Box(box.centre, box.radius + lost * box.centre.abs()))
+    radius = radius + lost * (radius + centre.abs())
+    if isinstance(layer, nn.BatchNorm2d):
+        radius = radius + lost * _network.normalisation_of(layer)[1].view(-1, 1, 1)
+    return Box(centre, radius)
 
 
 def _margins(head: nn.Module, box: Box, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -188,7 +201,7 @@ def worst_case_logits(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Ten
     _check_eps(eps)
     x, y = _network.samples(model, x, y)
     *body, head = _network.layers_of(model)
-    *_, box = _boxes(body, x, x.new_full((1,), float(eps)))
+    box = _behind(body, x, x.new_full((1,), float(eps)), covered=False)
     _, change, logits = _margins(head, box, y)
     return logits + change  # zero at the label
 
@@ -221,12 +234,10 @@ def _narrowed(layer: nn.Module) -> nn.Module:
 
 
 def _certified(layers: list[nn.Module], x: Tensor, y: Tensor, eps: Tensor) -> Tensor:
-    largest = torch.ones(len(x), 1, dtype=torch.float64, device=x.device)
-    for layer, box in zip(layers, _boxes(layers[:-1], x.double(), eps), strict=True):
-        if not isinstance(layer, (*_MOVING, *_ROUNDING_OUTWARD)):  # which lose nothing that is not in the radius
-            largest = torch.maximum(largest, _network.largest_in(layer, box.centre))
-    margins, change, logits = _margins(layers[-1], box, y)
-    slack = _network.ROUNDING * (largest + logits.abs().amax(1, keepdim=True) + change)
+    *body, head = layers
+    box = _behind(body, x.double(), eps, covered=True)
+    margins, change, _ = _margins(head, box, y)
+    slack = _network.ROUNDING * (_network.summed_in(head, box.centre) + change)
     return (margins - change > slack).all(1)
 
 

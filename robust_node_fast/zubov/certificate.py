@@ -12,18 +12,25 @@ and its slope grow with the pre-activation, so that their ends are the ends'. Th
 ``sum_l B_l' v_l`` with ``v_l = slope_l * (P_l' v_{l+1})``, not negative, carried in the same way. The quadratic terms'
 gradients differ by ``2 eps (x*_y - x*_j)``, whatever the state.
 
-Everything is in float64; what cannot be told from rounding there, 1e-9 of the largest numbers that V and its gradient
-add up, is taken off the margin and added to the box. The certificate is about the network in exact arithmetic: in
-float32 a label may change earlier, within the rounding of the logits.
+The l_inf radius is the larger of that of the infinity norm and ``n^(-1/2)`` times that of the 2-norm, whose constants
+are much smaller (``certify.spectral``).
+
+Everything is in float64. How far ``x(T)`` can be from that of exact arithmetic is followed through the layers
+(``certify.lipschitz.followed``) and taken off the radius; what cannot be told from rounding in V and its gradient, 1e-9
+of what they add up, is taken off the margin and added to the box. The certificate is about the network in exact
+arithmetic: in float32 a label may change earlier, within the rounding of the logits.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
-from robust_node_fast import _checks
-from robust_node_fast.certify import _network, lipschitz
+from robust_node_fast import _checks, reference
+from robust_node_fast.certify import _network, lipschitz, spectral
 from robust_node_fast.nn import EulerConvFlow
 from robust_node_fast.zubov.lyapunov import Coefficients, ConvexLyapunov
 from robust_node_fast.zubov.network import DenseFlow, ZubovNet
@@ -32,6 +39,7 @@ from robust_node_fast.zubov.softplus import softplus_increment
 __all__ = ["margin_certified", "margin_radius"]
 
 _BISECTIONS = 30
+_DOWN = 1.0 - _network.ROUNDING
 
 
 @torch.no_grad()
@@ -67,16 +75,27 @@ def margin_radius(net: ZubovNet, x: Tensor, y: Tensor, *, p: str = "inf", batch_
     _check_samples(net, x, y)
     _network.same_function(net.backbone, _network.flattened(net.backbone), x)
     _same_logits(net, x)
-    constant = lipschitz_constant(net, p)
-    found = [torch.zeros(0, dtype=torch.float64, device=x.device)]
+    if not len(x):
+        return torch.zeros(0, dtype=torch.float64, device=x.device)
+    found = _radius(net, x, y, p, batch_size)
+    if p == "inf":  # the ball of the 2-norm around this one
+        found = torch.maximum(found, _radius(net, x, y, "2", batch_size) / math.sqrt(x[0].numel()) * _DOWN)
+    return found
+
+
+def _radius(net: ZubovNet, x: Tensor, y: Tensor, p: str, batch_size: int) -> Tensor:
+    layers = [*_network.flattened(net.backbone), net.dynamics]
+    bounds = [_bounds(layer) for layer in layers]
+    constant = math.prod(bound.of(p) for layer in bounds for bound in layer)
+    found = []
     for part, labels in zip(torch.split(x, batch_size), torch.split(y, batch_size), strict=True):
         state = part.to(torch.float64, copy=True)  # layers may work in place
-        largest = torch.ones(len(part), 1, dtype=torch.float64, device=part.device)
-        for layer in (*_network.flattened(net.backbone), net.dynamics):
-            largest = torch.maximum(largest, _network.largest_in(layer, state))
-            state = layer(state)
-        radius = _state_radius(net.lyapunov, state.flatten(1), labels.long(), p, largest)
-        found.append(torch.where(radius > 0, radius / constant * (1.0 - _network.ROUNDING), 0.0))
+        lost = torch.zeros(len(part), 1, dtype=torch.float64, device=part.device)
+        for layer, of_layer in zip(layers, bounds, strict=True):
+            follow = _followed_dense if isinstance(layer, DenseFlow) else lipschitz.followed
+            state, lost = follow(layer, of_layer, state, lost, p)  # type: ignore[arg-type]
+        radius = _state_radius(net.lyapunov, state.flatten(1), labels.long(), p) * _DOWN - lost.squeeze(1)
+        found.append(torch.where(radius > 0, radius / constant * _DOWN, 0.0))
     return torch.cat(found)
 
 
@@ -94,30 +113,54 @@ def margin_certified(net: nn.Module, x: Tensor, y: Tensor, eps: float) -> Tensor
 
 def lipschitz_constant(net: ZubovNet, p: str) -> float:
     """Of ``x(T)`` as a function of the input, in the p-norm; ``net`` in float64."""
-    constant = 1.0
-    for layer in (*_network.flattened(net.backbone), net.dynamics):
-        bounds = _dense_bounds(layer) if type(layer) is DenseFlow else lipschitz._bound(layer)
-        for bound in bounds:
-            constant *= bound.of(p)
-    return constant
+    layers = (*_network.flattened(net.backbone), net.dynamics)
+    return math.prod(bound.of(p) for layer in layers for bound in _bounds(layer))
+
+
+def _bounds(layer: nn.Module) -> list[lipschitz.LayerBound]:
+    return _dense_bounds(layer) if type(layer) is DenseFlow else lipschitz._bound(layer)
 
 
 def _dense_bounds(flow: DenseFlow) -> list[lipschitz.LayerBound]:
-    """Row and column sums of ``|I + h/2 W2 W1| + |h|/2 |W2| |W1|``, as tanh has slopes ``1/2 +- 1/2``."""
-    product = 0.5 * flow.step_size * (flow.weight2 @ flow.weight1)
-    spread = 0.5 * abs(flow.step_size) * (flow.weight2.abs() @ flow.weight1.abs())
-    most = (product + torch.eye(flow.dim, dtype=product.dtype, device=product.device)).abs() + spread
-    pairs = zip(most.sum(2).amax(1).tolist(), most.sum(1).amax(1).tolist(), strict=True)
-    bounds = [lipschitz.LayerBound("DenseFlow step", inf, one) for inf, one in pairs]
+    """Of ``I + h W2 D W1`` for any diagonal D with entries in ``1/2 +- 1/2``, the slopes of tanh.
+
+    Row and column sums of ``|I + h/2 W2 W1| + |h|/2 |W2| |W1|``; in the 2-norm also ``||I + h/2 W2 W1|| + |h|/2 ||W2||
+    ||W1||``.
+    """
+    middle = 0.5 * flow.step_size * (flow.weight2 @ flow.weight1)
+    middle = middle + torch.eye(flow.dim, dtype=middle.dtype, device=middle.device)
+    half = 0.5 * abs(flow.step_size)
+    most = middle.abs() + half * (flow.weight2.abs() @ flow.weight1.abs())
+    norm = spectral.matrix_norm
+    two = norm(middle) + half * norm(flow.weight2) * norm(flow.weight1)
+    each = zip(most.sum(2).amax(1).tolist(), most.sum(1).amax(1).tolist(), two.tolist(), strict=True)
+    bounds = [lipschitz.LayerBound.of_sums("DenseFlow step", *step) for step in each]
     return bounds * (flow.n_steps // len(bounds))
 
 
-def _state_radius(lyapunov: ConvexLyapunov, state: Tensor, y: Tensor, p: str, largest: Tensor) -> Tensor:
-    """The same for the last state: how far it can move, ``(B,)``; ``largest`` ``(B, 1)`` of the numbers before it."""
+def _followed_dense(
+    flow: DenseFlow, bounds: Sequence[lipschitz.LayerBound], state: Tensor, lost: Tensor, p: str
+) -> tuple[Tensor, Tensor]:
+    """As ``lipschitz.followed``."""
+    states = flow(state, return_trajectory=True)
+    rounding = reference.rounding_of_sums(max(flow.dim, flow.width))
+    scale = {"inf": 1.0, "1": float(flow.dim), "2": math.sqrt(flow.dim)}[p]
+    rows1, rows2 = (weight.abs().sum(2).amax(1) for weight in (flow.weight1, flow.weight2))
+    bias1, bias2 = flow.bias1.abs().amax(1), flow.bias2.abs().amax(1)
+    for k, bound in enumerate(bounds):
+        n, largest = 0 if flow.shared_weights else k, states[k].abs().amax(1, keepdim=True)
+        hidden = 1.0 + rows1[n] * largest + bias1[n]  # the error of what tanh is of, and of its own
+        added = 1.0 + largest + abs(flow.step_size) * (rows2[n] * hidden + bias2[n])
+        lost = lost * bound.of(p) + rounding * scale * added
+    return states[-1], lost
+
+
+def _state_radius(lyapunov: ConvexLyapunov, state: Tensor, y: Tensor, p: str) -> Tensor:
+    """The same for the last state: how far it can move, ``(B,)``."""
     coefficients = lyapunov.coefficients()
     offset = lyapunov.offsets(state)
     value = lyapunov.values(coefficients, offset).T
-    lost = _network.ROUNDING * _summands(lyapunov, coefficients, state, largest)
+    lost = _network.ROUNDING * _summands(lyapunov, coefficients, state)
     margin = value - value.gather(1, y[:, None]) - lost - lost.gather(1, y[:, None])
     margin = margin.scatter(1, y[:, None], torch.inf)
 
@@ -134,10 +177,10 @@ def _state_radius(lyapunov: ConvexLyapunov, state: Tensor, y: Tensor, p: str, la
     return torch.where(margin.amin(1) > 0, low, 0.0)
 
 
-def _summands(lyapunov: ConvexLyapunov, coefficients: Coefficients, state: Tensor, largest: Tensor) -> Tensor:
-    """At least what ``V_k`` adds up, where errors of the states, as large as ``largest``, count too: ``(B, K)``."""
+def _summands(lyapunov: ConvexLyapunov, coefficients: Coefficients, state: Tensor) -> Tensor:
+    """At least what ``V_k`` adds up, in magnitude: ``(B, K)``."""
     weight, _, readout, _, gradient = coefficients
-    size = state.abs() + lyapunov.equilibria[:, None].abs() + largest  # (K, B, dim): of what offsets come from
+    size = state.abs() + lyapunov.equilibria[:, None].abs()  # (K, B, dim): of what offsets come from
     drive = torch.unflatten(weight.abs() @ size.mT, 1, (lyapunov.depth, lyapunov.width)).amax(2).sum(1)
     linear = (size @ gradient.abs()).squeeze(-1)
     return (1.0 + drive * readout.sum((1, 2))[:, None] + linear + lyapunov.eps * size.square().sum(-1)).T
