@@ -43,13 +43,14 @@ def choice(name: str, value: object, choices: Sequence[str]) -> None:
         raise ValueError(f"{name}={value!r} is unknown, expected one of {', '.join(map(repr, choices))}")
 
 
-def slope(value: object) -> None:
-    if not isinstance(value, (tuple, list)) or len(value) != 2:
-        raise TypeError(f"slope={value!r} is not a pair, expected (a, b) with 0 < a <= b")
+def slope(value: object, *, rising: bool = True) -> None:
+    expected = "(a, b) with 0 < a <= b" if rising else "(a, b) with a <= b"
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        raise TypeError(f"slope={value!r} is not a pair, expected {expected}")
     number("slope[0]", value[0])
     number("slope[1]", value[1])
-    if not 0 < value[0] <= value[1]:
-        raise ValueError(f"slope={tuple(value)!r} is out of order, expected (a, b) with 0 < a <= b")
+    if not (value[0] <= value[1] and (value[0] > 0 or not rising)):
+        raise ValueError(f"slope={tuple(value)!r} is out of order, expected {expected}")
 
 
 def filters(weight: object, ranks: tuple[int, ...]) -> None:

@@ -379,6 +379,7 @@ def evaluate(
             tempfile.TemporaryFile(dir=folder).close()  # before minutes of work rather than after them
         dataset = data.load(config.dataset, data_root or config.data_root)
         images, labels = dataset.test_images[:samples], dataset.test_labels[:samples]
+        unfinished = folder / "evaluation.safetensors"  # a killed evaluation goes on by the same command
         with _progress(f"evaluate {config.title}", len(labels)) as update:
             try:
                 report = robustness.evaluate(
@@ -390,6 +391,7 @@ def evaluate(
                     seeds=range(seeds),
                     sources=sources,
                     certify=training.certificate(model),
+                    checkpoint=unfinished,
                     on_batch=lambda done: update(done, ""),
                 )
             except ValueError as error:
@@ -403,6 +405,7 @@ def evaluate(
             ):
                 replace_file(folder / name, text.encode())
             report.plot(folder / "report.png")
+            unfinished.unlink()
         _print_report(f"{title} ({folder})", report)
 
 

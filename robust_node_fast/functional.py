@@ -342,14 +342,14 @@ def euler_lipschitz_bound(
 ) -> Tensor:
     """Upper bound of the Lipschitz constant of each Euler step in the p-norm, sound for the discrete network.
 
-    - ``p="inf"``: ``max_d max_{t in {a, b}} |1 + h t m_d| + |h| t r_d``
-    - ``p="1"``: ``max_d max_{t in {a, b}} |1 + h t m_d| + |h| b q_d``
+    - ``p="inf"``: ``max_d max_{t in {a, b}} |1 + h t m_d| + |h t| r_d``
+    - ``p="1"``: ``max_d max_{t in {a, b}} |1 + h t m_d| + |h| max(|a|, |b|) q_d``
     - ``p="2"``: the geometric mean of the two (``||M||_2 <= sqrt(||M||_1 ||M||_inf)``)
 
     Args:
         weight: ``(C, C, k, k)`` or ``(N, C, C, k, k)``, ``k`` odd; use float64 for a certificate.
         step_size: Euler step ``h`` of the deployed network.
-        slope: smallest and largest slope ``(a, b)`` of the activation.
+        slope: smallest and largest slope ``(a, b)`` of the activation, negative ones too.
         p: ``"inf"``, ``"1"`` or ``"2"``.
 
     Returns:
@@ -362,6 +362,6 @@ def euler_lipschitz_bound(
     """
     _checks.filters(weight, (4, 5))
     _checks.number("step_size", step_size)
-    _checks.slope(slope)
+    _checks.slope(slope, rising=False)
     _checks.choice("p", p, _checks.DUALS)
     return reference.euler_lipschitz_bound(weight, step_size=step_size, slope=slope, p=p)

@@ -153,8 +153,8 @@ def euler_lipschitz_bound(
         return torch.stack(per_slope).amax(0).amax(-1)
 
     a, b = slope
-    l_inf = bound({a: a * r, b: b * r})
-    l_1 = bound({a: b * q, b: b * q})
+    l_inf = bound({a: abs(a) * r, b: abs(b) * r})
+    l_1 = bound(dict.fromkeys((a, b), max(abs(a), abs(b)) * q))
     return {"inf": l_inf, "1": l_1, "2": (l_1 * l_inf).sqrt()}[p]
 
 

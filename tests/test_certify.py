@@ -814,3 +814,16 @@ def test_empty_batch() -> None:
     model, x, y = small_network(), samples(0), torch.zeros(0, dtype=torch.long)
     assert certify.linf_certified(model, x, y, 0.1).shape == (0,)
     assert certify.linf_radius(model, x, y).shape == (0,)
+
+
+@pytest.mark.parametrize("negative_slope", [-0.5, 0.0])
+def test_activations_that_fall_have_all_certificates(negative_slope: float) -> None:
+    flow = rnf.nn.EulerConvFlow(2, 2, 0.1, negative_slope=negative_slope)
+    conv, activation = nn.Conv2d(1, 2, 3, padding=1), rnf.nn.SmoothLeakyReLU(negative_slope)
+    model = nn.Sequential(conv, activation, flow, nn.Flatten(), nn.Linear(72, 4)).eval()
+    x = samples()
+    y = model(x).argmax(1)
+    radius = certify.linf_radius(model, x, y)
+    assert (radius > 0).all()
+    assert (worst_found(model, x, y, radius, steps=10) > 0).all()
+    assert (certify.l2_radius(model, x, y) > 0).all()

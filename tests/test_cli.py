@@ -18,7 +18,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 from robust_node_fast import _timing, backend_info, cli, training
-from robust_node_fast.robustness import suite
+from robust_node_fast.robustness import suite, tally
 from robust_node_fast.training import checkpoint
 
 RUN = ["--set", "n_steps=2", "--epochs", "1"]
@@ -176,6 +176,43 @@ def test_evaluate_writes_its_report(trained: Path) -> None:
         assert (trained / network / "report.html").read_text().startswith("<!DOCTYPE html>")
     assert result.stdout.count("held: eps 0 = clean") == 2
     assert result.stdout.count("All 6 checks held.") + result.stdout.count("UNRELIABLE") == 2
+
+
+def test_a_killed_evaluation_goes_on(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = trained / "vanilla"
+    command = ("evaluate", run, "--suite", "quick", "--samples", "200", "--eps-l2", "0.5")
+    assert rnf(*command).exit_code == 0
+    assert not (run / "evaluation.safetensors").exists()
+
+    def content() -> list[object]:
+        report = json.loads((run / "report.json").read_text())
+        return [[{**result, "seconds": 0} for result in report["results"]], report["checks"]]
+
+    whole = content()
+    (run / "report.json").unlink()
+    save = tally.Progress.save
+
+    def killed(self: tally.Progress, images: int, *, now: bool = False) -> None:
+        save(self, images, now=True)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tally.Progress, "save", killed)
+        assert rnf(*command).exit_code != 0
+    assert (run / "evaluation.safetensors").exists()
+    assert not (run / "report.json").exists()
+    attacked = []
+    run_fgsm = suite.SUITES["quick"].attacks[0]
+    counting = dataclasses.replace(run_fgsm, run=lambda *a: attacked.append(len(a[2])) or run_fgsm.run(*a))
+    monkeypatch.setitem(
+        suite.SUITES,
+        "quick",
+        dataclasses.replace(suite.SUITES["quick"], attacks=(counting, *suite.SUITES["quick"].attacks[1:])),
+    )
+    assert rnf(*command).exit_code == 0
+    assert content() == whole
+    assert attacked[0] == 72  # the second batch
+    assert not (run / "evaluation.safetensors").exists()
 
 
 def test_evaluate_transfers_between_the_networks_of_a_run(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:

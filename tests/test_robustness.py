@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from robust_node_fast import data, models, robustness
 from robust_node_fast.robustness import attacks, auto_attack, suite, tally
+from robust_node_fast.robustness.evaluate import NOT_TRANSFERRED
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -693,6 +695,58 @@ def test_attacks_are_as_strong_where_a_network_is_sure_of_itself(
     assert survives[3] <= survives[1] + 8
 
 
+def test_one_image_more_or_less_is_no_failed_check() -> None:
+    """And 0.2% of many images are none either, but more than two of a few are."""
+    for images, broken, held in ((40, 2, True), (40, 3, False), (10000, 20, True), (10000, 21, False)):
+        *_, check = robustness.checks.order("l_inf eps 0.1", images, 1.0, 0.9, 0.8, {"square": broken})
+        assert check.passed == held
+    for images, share, held in ((40, 2 / 40, True), (40, 3 / 40, False), (10000, 0.002, True), (10000, 0.0021, False)):
+        (check,) = robustness.checks.order("l_inf eps 0.1", images, 1.0, 0.5, 0.5 + share, {})
+        assert check.passed == held
+
+
+def test_a_label_out_of_range_is_found_before_anything_is_attacked() -> None:
+    model = balanced(36)
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    labels = torch.zeros(200, dtype=torch.long)
+    labels[-1] = 7
+    with pytest.raises(ValueError, match="data has label 7"):
+        robustness.evaluate(model, (torch.rand(200, 1, 6, 6), labels), suite="quick")
+    assert len(calls) == 1
+
+
+def test_full_suite_says_that_nothing_was_transferred(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = balanced(36)
+    images = torch.rand(4, 1, 6, 6)
+    few = suite.Suite((), (suite._fgsm("inf"), suite._pgd(n_steps=2)))
+    monkeypatch.setitem(suite.SUITES, "full", few)
+    labels = model(images).argmax(1)
+    alone = robustness.evaluate(model, (images, labels), suite="full")
+    with_other = robustness.evaluate(model, (images, labels), suite="full", sources={"other": balanced(36)})
+    assert alone.notes == (NOT_TRANSFERRED,)
+    assert with_other.notes == ()
+
+
+def test_what_autoattack_finds_fault_with_is_in_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = balanced(36)
+    images = torch.rand(6, 1, 6, 6)
+    labels = model(images).argmax(1)
+
+    def complains(model: nn.Module, images: Tensor, labels: Tensor, eps: float, **_: Any) -> Tensor:
+        logging.getLogger("auto-attack").warning("there are zero gradients\nsomewhere")
+        return images.clone()
+
+    monkeypatch.setattr(auto_attack, "autoattack", complains)
+    monkeypatch.setattr(auto_attack, "available", lambda: True)
+    monkeypatch.setattr(auto_attack, "refusal", lambda *_: "")
+    few = suite.Suite((), (suite._fgsm("inf"), suite._pgd(n_steps=2), suite._autoattack("inf")))
+    monkeypatch.setitem(suite.SUITES, "full", few)
+    found = robustness.evaluate(model, (images, labels), suite="full", batch_size=2)
+    assert found.notes.count("AutoAttack's own checks: there are zero gradients somewhere") == 1
+    assert not logging.getLogger("auto-attack").handlers
+
+
 def test_transfer_from_another_model(trained: nn.Module, digits: data.Dataset) -> None:
     images, labels = digits.test_images[:60], digits.test_labels[:60]
     other = models.MNISTNode(image_size=8, n_steps=1).eval()
@@ -907,7 +961,7 @@ def test_full_suite(full: robustness.Report) -> None:
     every = ["pgd", "pgd_margin", "square"]
     if auto_attack.available():
         assert attacked["autoattack"] == {"version": "standard"}
-        assert full.notes == ()
+        assert full.notes == (NOT_TRANSFERRED,)
         every.append("autoattack")
         # As strong as PGD with five restarts, one image of luck aside.
         assert full.accuracy("autoattack", 0.1) <= min(full.accuracy(name, 0.1) for name in every) + 1.01 / 24
@@ -924,13 +978,13 @@ def test_autoattack_that_is_not_installed(
 ) -> None:
     monkeypatch.setattr(auto_attack, "available", lambda: False)
     images, labels = digits.test_images[:4], digits.test_labels[:4]
-    with pytest.raises(ModuleNotFoundError, match="AutoAttack was not run: its authors' code is not installed"):
+    with pytest.raises(ModuleNotFoundError, match="AutoAttack was not run: pyautoattack"):
         robustness.autoattack(trained, images, labels, 0.1, generator=generator())
     few = suite.Suite((), (suite._fgsm("inf"), suite._pgd(n_steps=2), suite._autoattack("inf")))
     monkeypatch.setitem(suite.SUITES, "full", few)
     report = robustness.evaluate(trained, (images, labels), suite="full", eps=0.1)
-    assert report.notes == (f"{auto_attack.MISSING}.",)
-    assert report.notes[0] in report.to_markdown()
+    assert report.notes == (NOT_TRANSFERRED, f"{auto_attack.MISSING}.")
+    assert report.notes[1] in report.to_markdown()
     assert "autoattack" not in {result.name for result in report.results}
 
 
@@ -1055,7 +1109,7 @@ def test_models_that_cannot_be_evaluated(trained: nn.Module, digits: data.Datase
         robustness.evaluate(with_nan(trained), pair)
     with pytest.raises(TypeError, match=r"data's labels are torch.float32, expected an int64 tensor"):
         robustness.evaluate(trained, (pair[0], pair[1].float()))
-    with pytest.raises(ValueError, match=r"model gives \(4, 1, 8, 8\) for 4 images"):
+    with pytest.raises(ValueError, match=r"model gives \(1, 1, 8, 8\) for 1 images"):
         robustness.evaluate(nn.Identity().eval(), pair)
 
     class Overflow(Linear):

@@ -58,12 +58,14 @@ def check_batch(images: object, labels: object) -> None:
 def check_logits(logits: Tensor, labels: Tensor) -> None:
     if logits.dim() != 2 or len(logits) != len(labels):
         raise ValueError(f"model gives {tuple(logits.shape)} for {len(labels)} images, expected logits (B, K)")
-    if int(labels.max()) >= logits.shape[1]:
-        raise ValueError(
-            f"data has label {int(labels.max())}, expected labels below the model's {logits.shape[1]} classes"
-        )
+    check_classes(labels, logits.shape[1])
     if not bool(torch.isfinite(logits).all()):  # argmax would call a NaN the largest
         raise ValueError("model gives logits that are not finite, expected finite logits on finite images")
+
+
+def check_classes(labels: Tensor, classes: int) -> None:
+    if int(labels.max()) >= classes:
+        raise ValueError(f"data has label {int(labels.max())}, expected labels below the model's {classes} classes")
 
 
 @torch.no_grad()

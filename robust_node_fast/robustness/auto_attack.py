@@ -1,13 +1,16 @@
-"""AutoAttack by its authors' code, where that is installed. Nothing else here bears the name.
+"""AutoAttack by its authors' code, where its release pyautoattack is installed. Nothing else here bears the name.
 
-The package is pyautoattack, which RobustBench requires too. The class of that name in torchattacks 3.5.1 is not used:
+RobustBench requires that package too. The class of that name in torchattacks 3.5.1 is not used:
 its APGD and FAB take 10 steps where the published ensemble takes 100.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +18,9 @@ from torch import Tensor, nn
 from robust_node_fast import _checks
 from robust_node_fast.robustness import _inputs
 
-__all__ = ["MISSING", "autoattack", "available", "refusal"]
+__all__ = ["MISSING", "autoattack", "available", "refusal", "remarks"]
 
-MISSING = "AutoAttack was not run: its authors' code is not installed (pip install pyautoattack)"
+MISSING = "AutoAttack was not run: pyautoattack, a release of its authors' code, is not installed"
 FEWEST_CLASSES = 4  # the targeted loss compares the largest logit with the third and fourth
 SMALLEST_SIDE = 5  # Square divides by the side of a square of 0 pixels
 
@@ -26,13 +29,31 @@ def available() -> bool:
     return importlib.util.find_spec("pyautoattack") is not None
 
 
+@contextmanager
+def remarks() -> Iterator[list[str]]:
+    """What the authors' own checks find fault with inside, each once: that gradients vanish, say, or answers vary."""
+    found: list[str] = []
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if (message := " ".join(record.getMessage().split())) not in found:
+                found.append(message)
+
+    logger, collector = logging.getLogger("auto-attack"), Collector(logging.WARNING)
+    logger.addHandler(collector)
+    try:
+        yield found
+    finally:
+        logger.removeHandler(collector)
+
+
 def autoattack(
     model: nn.Module, images: Tensor, labels: Tensor, eps: float, *, norm: str = "inf", generator: torch.Generator
 ) -> Tensor:
     """The standard version: APGD on the cross-entropy, targeted APGD, targeted FAB, Square (Croce & Hein, 2003.01690).
 
     The targeted attacks aim at nine other classes, or at all of them where there are fewer. What the authors' own
-    checks find (a randomised defence, say) is logged as "auto-attack".
+    checks find (a randomised defence, say) is logged as "auto-attack"; ``remarks`` collects it.
 
     Args:
         model, images, labels, eps, norm: as in ``attacks.fgsm``; in float32, logits of at least four classes.

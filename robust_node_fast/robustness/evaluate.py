@@ -15,6 +15,7 @@ from robust_node_fast._version import __version__
 from robust_node_fast.robustness import auto_attack, checks
 from robust_node_fast.robustness._inputs import (
     check_batch,
+    check_classes,
     check_count,
     check_logits,
     check_model,
@@ -27,6 +28,8 @@ from robust_node_fast.robustness.tally import Progress, Tally
 from robust_node_fast.training.checkpoint import digest
 
 __all__ = ["evaluate"]
+
+NOT_TRANSFERRED = "No transfer attack was run: no other network was given to find attacks on."
 
 Batch = tuple[Tensor, Tensor]
 Certify = Callable[[nn.Module, Tensor, Tensor, float], Tensor]
@@ -46,7 +49,9 @@ class _Ball:
         self.worst = Tally("worst case", eps, measure)
         self.certified = Tally("certified", eps, measure)
         # For the checks only, on the attacked images, which may be fewer than all.
-        self.clean, self.iterative, self.white = Tally("clean"), Tally("iterative"), Tally("white box")
+        self.clean, self.iterative = Tally("clean"), Tally("iterative")
+        black = [attack.name for attack, _ in self.attacks if attack.kind == "black box"]
+        self.missed = {name: Tally(f"missed by every white box, broken by {name}") for name in black}
         self.certified_attacked = Tally("certified, under attack")
 
     def run(self, model: nn.Module, images: Tensor, labels: Tensor, unharmed: Tensor, found: _Found) -> Tensor:
@@ -57,7 +62,8 @@ class _Ball:
         if not len(labels):
             return unharmed
         self.clean.count(unharmed)
-        survives, iterative, white = unharmed, torch.ones_like(unharmed), torch.ones_like(unharmed)
+        survives, iterative, white = unharmed, torch.ones_like(unharmed), unharmed
+        broken = {}
         for attack, tally in self.attacks:
             adversarial, predicted = found[self.norm, attack.name]
             with tally.timed():
@@ -73,8 +79,11 @@ class _Ball:
                 iterative = iterative & right
             if attack.kind in ("single step", "iterative"):  # AutoAttack has a black box in it
                 white = white & right
+            if attack.kind == "black box":
+                broken[attack.name] = ~right
         self.iterative.count(iterative)
-        self.white.count(white)
+        for name, tally in self.missed.items():
+            tally.count(white & broken[name])
         return self.worst.count(survives)
 
     def certify(self, certified: Tensor, survives: Tensor) -> None:
@@ -89,14 +98,14 @@ class _Ball:
 
     def tallies(self) -> list[Tally]:
         """All of them."""
-        mine = [self.worst, self.certified, self.clean, self.iterative, self.white, self.certified_attacked]
-        return [*(tally for _, tally in self.attacks), *mine]
+        mine = [self.worst, self.certified, self.clean, self.iterative, self.certified_attacked]
+        return [*(tally for _, tally in self.attacks), *mine, *self.missed.values()]
 
     def checks(self, certify: Certify | None) -> Iterator[Check]:
         (single,) = (tally.accuracy for attack, tally in self.attacks if attack.kind == "single step")
-        black = {attack.name: tally.accuracy for attack, tally in self.attacks if attack.kind == "black box"}
-        name = f"{BALLS[self.norm]} {self.eps:g}"
-        yield from checks.order(name, self.clean.accuracy, single, self.iterative.accuracy, self.white.accuracy, black)
+        black = {name: tally.correct[0] for name, tally in self.missed.items()}
+        name, images = f"{BALLS[self.norm]} {self.eps:g}", self.clean.seen[0]
+        yield from checks.order(name, images, self.clean.accuracy, single, self.iterative.accuracy, black)
         if self.certified in self.lines(certify):
             (tried,), (held,) = self.certified_attacked.seen, self.certified_attacked.correct
             detail = f"{tried - held} of {tried} certified images fall to an attack"
@@ -179,9 +188,14 @@ def evaluate(
     transfer_radii = radii["inf"] if transfer_eps is None else _radii("transfer_eps", transfer_eps)
     if not set(transfer_radii) <= set(radii["inf"]):
         raise ValueError(f"transfer_eps={list(transfer_eps or ())} names a radius that is not in eps={radii['inf']}")
+    if _is_pair(data):  # now rather than at the batch that has it
+        check_batch(*data)
+        logits = _first_logits(model, data[0])
+        check_logits(logits, data[1][:1].cpu())
+        check_classes(data[1], logits.shape[1])
     attacks = [attack for attack in chosen.attacks if radii[attack.norm]]
     shown = transferred(chosen, sources)
-    notes = []
+    notes = [NOT_TRANSFERRED] if suite == "full" and not sources else []
     for attack in [attack for attack in attacks if attack.kind == "AutoAttack"]:
         reason = auto_attack.MISSING if not auto_attack.available() else _refusal(model, data, attack.norm)
         if reason:
@@ -213,40 +227,42 @@ def evaluate(
         networks = {"model": model, **{f"source {name}": source for name, source in sources.items()}}
         names = [attack.name for attack in every]  # AutoAttack may have been installed in between
         certificate = certify and f"{certify.__module__}.{certify.__qualname__}"
-        run = (suite, names, radii, transfer_radii, tuple(seeds), certificate, attack_samples, batch_size)
         counted = [clean, *(tally for _, tally in noises), *(tally for ball in balls for tally in ball.tallies())]
+        lines_of = [(tally.name, tally.strength, tally.settings) for tally in counted]
+        run = (suite, names, radii, transfer_radii, tuple(seeds), certificate, attack_samples, batch_size, lines_of)
         progress = Progress(checkpoint, counted, _digest((__version__, torch.__version__, *run), networks, data))
         done = progress.restore()
     probe: list[Batch] = []
     n_samples = 0
-    for batch in _batches(data, batch_size):
-        images, labels = (tensor.to(device) for tensor in batch)
-        if n_samples < checks.PROBE:
-            probe.append((images[: checks.PROBE - n_samples], labels[: checks.PROBE - n_samples]))
-        n_samples += len(labels)
-        if n_samples <= done:
-            continue
-        with clean.timed():
-            predicted = predict(model, images, labels)
-        unharmed = clean.classified(images, labels, predicted)
-        for noise, tally in noises:
-            for k, generator in enumerate(tally.generators):
-                with tally.timed():
-                    noisy = noise.apply(images, tally.strength, generator)
-                    tally.classified(noisy, labels, predict(model, noisy, labels), k)
-        few = slice(None if attack_samples is None else max(0, attack_samples - n_samples + len(labels)))
-        found = {(attack.norm, attack.name): (images[few].clone(), predicted[few].clone()) for attack in every}
-        certified = torch.ones_like(unharmed)
-        for ball in balls:
-            survives = ball.run(model, images[few], labels[few], unharmed[few], found)
-            if certify is not None and ball.norm == "inf":
-                with ball.certified.timed():
-                    certified = _certified(certify, model, images, labels, ball.eps, certified)
-                ball.certify(certified, survives)
-        if progress is not None:
-            progress.save(n_samples)
-        if on_batch is not None:
-            on_batch(n_samples)
+    with auto_attack.remarks() as remarks:
+        for batch in _batches(data, batch_size):
+            images, labels = (tensor.to(device) for tensor in batch)
+            if n_samples < checks.PROBE:
+                probe.append((images[: checks.PROBE - n_samples], labels[: checks.PROBE - n_samples]))
+            n_samples += len(labels)
+            if n_samples <= done:
+                continue
+            with clean.timed():
+                predicted = predict(model, images, labels)
+            unharmed = clean.classified(images, labels, predicted)
+            for noise, tally in noises:
+                for k, generator in enumerate(tally.generators):
+                    with tally.timed():
+                        noisy = noise.apply(images, tally.strength, generator)
+                        tally.classified(noisy, labels, predict(model, noisy, labels), k)
+            few = slice(None if attack_samples is None else max(0, attack_samples - n_samples + len(labels)))
+            found = {(attack.norm, attack.name): (images[few].clone(), predicted[few].clone()) for attack in every}
+            certified = torch.ones_like(unharmed)
+            for ball in balls:
+                survives = ball.run(model, images[few], labels[few], unharmed[few], found)
+                if certify is not None and ball.norm == "inf":
+                    with ball.certified.timed():
+                        certified = _certified(certify, model, images, labels, ball.eps, certified)
+                    ball.certify(certified, survives)
+            if progress is not None:
+                progress.save(n_samples)
+            if on_batch is not None:
+                on_batch(n_samples)
     if n_samples == 0:
         raise ValueError("data is empty, expected at least one image")
     if progress is not None:
@@ -257,6 +273,7 @@ def evaluate(
     held = [check for ball in balls for check in ball.checks(certify)]
     held.append(checks.at_zero(model, ours, first_images, first_labels))
     held += checks.at_large_radius(model, ours, first_images, first_labels)
+    notes += [f"AutoAttack's own checks: {remark}" for remark in remarks]
     if attack_samples is not None and attack_samples < n_samples:
         notes.append(f"Attacks ran on the first {attack_samples} of {n_samples} images.")
     settings = {
@@ -291,12 +308,13 @@ def _refusal(model: nn.Module, data: Batch | Iterable[Batch], norm: str) -> str:
     """Why AutoAttack cannot be run; what can only be known from a pair is not asked of an iterable."""
     if not _is_pair(data):
         return ""
-    images, labels = data
-    check_batch(images, labels)
-    with torch.no_grad():
-        logits = model(images[:1].to(_device_of(model)))
-    check_logits(logits, labels[:1].to(logits.device))
-    return auto_attack.refusal(images, logits.shape[1], norm)
+    images, _ = data
+    return auto_attack.refusal(images, _first_logits(model, images).shape[1], norm)
+
+
+@torch.no_grad()
+def _first_logits(model: nn.Module, images: Tensor) -> Tensor:
+    return model(images[:1].to(_device_of(model))).cpu()
 
 
 def _certified(
