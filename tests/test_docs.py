@@ -159,3 +159,26 @@ def test_figures_of_the_page_on_cpu_kernels_come_from_the_committed_results() ->
         f"it has {wide:.1f} times PyTorch's error over 16 steps, where F(4x4, 3x3) has {narrow:.1f}",
     ):
         assert sentence in text, sentence
+
+
+def test_figures_of_the_page_on_zubov_nets_come_from_the_committed_results() -> None:
+    with (ROOT / "bench" / "results" / "zubov.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["sweep"] == "comparison"]
+    speed = {(row["work"], int(row["classes"]), row["provider"]): float(row["loop_over_this"]) for row in rows}
+
+    def times(work: str, classes: int, over: str, by: str = "robust_node_fast") -> float:
+        return speed[work, classes, by] / speed[work, classes, over]
+
+    derivative = [times("value and derivative", k, "loop") for k in (10, 100)]
+    forward_mode = [times("value and derivative", k, "loop", "torch.func.jvp") for k in (10, 100)]
+    rays, together = ([times("boundary", k, over) for k in (10, 100)] for over in ("loop", "loop over classes"))
+    both = [times("both", k, "loop") for k in (10, 100)]
+    text = " ".join((ROOT / "docs" / "zubov.md").read_text().split())
+    for sentence in (
+        f"{derivative[0]:.1f} times faster with 10 classes, {derivative[1]:.1f} times with 100",
+        f"`torch.func.jvp` of our functions {forward_mode[0]:.1f} and {forward_mode[1]:.1f} times",
+        f"with bisection, {rays[0]:.0f} and {rays[1]:.0f} times",
+        f"all rays of a class together {together[0]:.1f} and {together[1]:.1f} times",
+        f"plain loops: {both[0]:.0f} and {both[1]:.0f} times",
+    ):
+        assert sentence in text, sentence

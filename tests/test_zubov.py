@@ -429,6 +429,9 @@ def test_closed_form_of_the_decay() -> None:
     assert_close(exact_system()(x)[:, 0].detach(), expected.detach(), 1e-8)
 
 
+LOSSES = ("consistency", "classification", "separation", "containment", "exclusion")
+
+
 @BOTH
 def test_losses_against_the_formulas(partial: bool) -> None:
     """Every term once more, with a loop over classes and samples and the reference's functions."""
@@ -474,15 +477,21 @@ def test_losses_against_the_formulas(partial: bool) -> None:
     first = zubov.reference.value(lyapunov, trajectory[0]).gather(1, labels[:, None])
     assert_close(contained.detach(), 2.0 * (first - 0.5).relu().mean().detach(), 1e-9)
     assert contained > 0
+    excluded = losses(lyapunov, net.fields, trajectory, labels, exclusion=3.0, **options)["exclusion"]
+    values = zubov.reference.value(lyapunov, trajectory[0])
+    others = [(1.2 - values[i, j]).relu() for i, y in enumerate(labels) for j in range(4) if j != y]
+    assert found["exclusion"] == 0.0
+    assert_close(excluded.detach(), 3.0 * torch.stack(others).sum().detach() / 5, 1e-9)
+    assert excluded > 0
 
 
 @BOTH
-@pytest.mark.parametrize("name", ["consistency", "classification", "separation", "containment"])
+@pytest.mark.parametrize("name", LOSSES)
 def test_gradcheck_of_each_loss(name: str, partial: bool) -> None:
     """In all parameters, the states and what the vector field closes over; boundary points move with them."""
     lyapunov = functions(2, 3, width=3, depth=2, partial=partial)
     names, values = zip(*lyapunov.named_parameters(), strict=True)
-    weights = {key: float(key == name) for key in ("consistency", "classification", "separation", "containment")}
+    weights = {key: float(key == name) for key in LOSSES}
     labels = torch.tensor([0, 2, 2])
 
     class Loss(nn.Module):
@@ -545,12 +554,42 @@ def test_separation_sees_a_nested_region_from_one_side_only() -> None:
         assert_close(found.detach(), 0.5 * seen.detach(), 1e-12)  # the other half of the mean is zero
 
 
+def test_regions_that_meet() -> None:
+    """Balls of radius 2 around their equilibria meet where these are less than 4 apart; one can hold the other's."""
+    lyapunov = functions(2, 4, equilibria=torch.tensor([[0.0, 0.0], [3.9, 0.0], [0.0, 4.1], [0.0, 0.0]]), eps=0.25)
+    with torch.no_grad():
+        lyapunov.log_scale.fill_(-40.0)  # V is eps |x - x*|^2
+    meeting = zubov.regions_that_meet(lyapunov)
+    assert meeting.tolist() == [
+        [False, True, False, True],
+        [True, False, False, True],
+        *[[False] * 4],
+        [True] * 2 + [False] * 2,
+    ]
+    with torch.no_grad():
+        lyapunov.log_scale[0] = 12.0  # no longer a ball, and very small
+    assert zubov.regions_that_meet(lyapunov)[0].tolist() == [False, False, False, True]
+
+
+def test_regions_that_meet_share_a_point_of_the_segment() -> None:
+    lyapunov = functions(3, 5, width=8, eps=0.05)
+    meeting = zubov.regions_that_meet(lyapunov)
+    share = torch.linspace(0.0, 1.0, 2001, dtype=torch.float64)[:, None]
+    for i in range(5):
+        for j in range(i):
+            points = torch.lerp(lyapunov.equilibria[i], lyapunov.equilibria[j], share)
+            inside = lyapunov(points)[:, [i, j]] < 1.0
+            assert bool(inside.all(1).any()) == bool(meeting[i, j]) == bool(meeting[j, i])
+    assert meeting.any()
+    assert not meeting.all()
+
+
 def test_missing_classes_and_empty_batches_are_finite() -> None:
     lyapunov = functions()
     for size in (5, 1, 0):
         trajectory, _ = batch(size=size)
         labels = torch.full((size,), 2)
-        found = losses(lyapunov, torch.tanh, trajectory, labels)
+        found = losses(lyapunov, torch.tanh, trajectory, labels, containment=1.0, exclusion=1.0)
         total = sum(found.values())
         gradients = torch.autograd.grad(total, list(lyapunov.parameters()), allow_unused=True)
         assert torch.isfinite(total)

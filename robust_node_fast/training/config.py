@@ -75,6 +75,9 @@ class ZubovConfig:
     classification: float = _field(1.0, _ZUBOV, "Weight of the loss: cross-entropy; 0: none.")
     separation: float = _field(1.0, _ZUBOV, "Weight of the loss: regions apart from each other; 0: none.")
     containment: float = _field(0.0, _ZUBOV, "Weight of the loss: first states well within their regions; 0: none.")
+    exclusion: float = _field(
+        0.0, _ZUBOV, "Weight of the loss: first states outside the other classes' regions; 0: none."
+    )
     temperature: float = _field(1.0, _ZUBOV, "Of the logits -V / temperature.")
     margin: float = _field(0.1, _ZUBOV, "How far above 1 another V is to be on a region's boundary.")
     n_rays: int = _field(16, _ZUBOV, "Rays of each class, for points on and inside its boundary.")
@@ -86,11 +89,12 @@ class ZubovConfig:
         _checks.choice("zubov.attention", self.attention, ("full", "partial"))
         for name in ("dim", "field_width", "width", "depth", "n_rays"):
             _checks.count(f"zubov.{name}", getattr(self, name))
-        for name in ("consistency", "classification", "separation", "containment", "margin", "reach"):
+        weights = ("consistency", "classification", "separation", "containment", "exclusion")
+        for name in (*weights, "margin", "reach"):
             _at_least_zero(f"zubov.{name}", getattr(self, name))
         for name in ("eps", "temperature", *(() if self.floor is None else ("floor",))):
             _at_least_zero(f"zubov.{name}", getattr(self, name), positive=True)
-        if not (self.consistency or self.classification or self.separation or self.containment):
+        if not any(getattr(self, name) for name in weights):
             raise ValueError("zubov's weights are all 0, expected a loss to minimise")
 
 

@@ -1,7 +1,7 @@
 """Zubov-Net: a Neural ODE with K Lyapunov functions as its classifier; their regions become regions of attraction.
 
-``ConvexLyapunov`` (the functions), ``value_and_derivative``, ``sample_boundary``, ``zubov_losses``, ``ZubovNet`` and
-``margin_radius`` (a certificate). ``reference`` has the straightforward versions.
+``ConvexLyapunov`` (the functions), ``value_and_derivative``, ``sample_boundary``, ``regions_that_meet``,
+``zubov_losses``, ``ZubovNet`` and ``margin_radius`` (a certificate). ``reference`` has the straightforward versions.
 
 Source: arXiv 2509.21879. Its equations are only known in outline; docstrings say what is our reading.
 """
@@ -9,7 +9,7 @@ Source: arXiv 2509.21879. Its equations are only known in outline; docstrings sa
 from __future__ import annotations
 
 from robust_node_fast.zubov import reference
-from robust_node_fast.zubov.boundary import sample_boundary
+from robust_node_fast.zubov.boundary import regions_that_meet, sample_boundary
 from robust_node_fast.zubov.certificate import margin_certified, margin_radius
 from robust_node_fast.zubov.derivative import value_and_derivative
 from robust_node_fast.zubov.losses import zubov_losses, zubov_residual
@@ -23,6 +23,7 @@ __all__ = [
     "margin_certified",
     "margin_radius",
     "reference",
+    "regions_that_meet",
     "sample_boundary",
     "value_and_derivative",
     "zubov_losses",

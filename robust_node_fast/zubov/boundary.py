@@ -8,7 +8,7 @@ from torch import Tensor
 from robust_node_fast import _checks
 from robust_node_fast.zubov.lyapunov import Coefficients, ConvexLyapunov
 
-__all__ = ["sample_boundary"]
+__all__ = ["regions_that_meet", "sample_boundary"]
 
 _TOLERANCE = 2.5e-13  # of V, relative to the level
 _WRONG = 1e-3  # of V, relative to the level: a point that is no point of the boundary
@@ -76,6 +76,33 @@ def boundary_offsets(
         value = lyapunov.values(coefficients, radius.unsqueeze(-1) * direction)
         radius = radius - (value - value.detach()) / slope
     return radius.unsqueeze(-1) * direction
+
+
+@torch.no_grad()
+def regions_that_meet(lyapunov: ConvexLyapunov, *, level: float = 1.0) -> Tensor:
+    """Which regions ``{V_i < level}``, ``{V_j < level}`` share points of the segment from ``x*_i`` to ``x*_j``.
+
+    Regions are convex, so each holds the part of the segment next to its equilibrium: they share some where the two
+    parts are longer than the segment. Regions that do not may still meet beside it.
+
+    Returns:
+        ``(K, K)`` bool, symmetric, false on the diagonal.
+
+    Raises:
+        TypeError, ValueError: as ``sample_boundary``.
+    """
+    if not isinstance(lyapunov, ConvexLyapunov):
+        raise TypeError(f"lyapunov is a {type(lyapunov).__name__}, expected a ConvexLyapunov")
+    _checks.number("level", level)
+    if level <= 0:
+        raise ValueError(f"level={level!r} is not positive, expected a float > 0")
+    centres = lyapunov.equilibria.double()
+    between = centres - centres[:, None]
+    distance = torch.linalg.vector_norm(between, dim=-1)
+    same = distance == 0  # any direction will do: they meet at once
+    direction = torch.where(same[..., None], lyapunov.dim**-0.5, between / distance[..., None])
+    radius, _ = _radii(lyapunov, lyapunov.coefficients().double(), direction, level)
+    return (radius + radius.T > distance).fill_diagonal_(False)
 
 
 def _radii(

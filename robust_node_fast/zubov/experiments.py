@@ -23,6 +23,8 @@ from robust_node_fast.robustness import auto_attack
 from robust_node_fast.training import CheckpointError, Outcome, Refused, RunError, TrainConfig, writing
 from robust_node_fast.training.checkpoint import digest_of_json, replace_file
 from robust_node_fast.zubov import contenders, picture, planar
+from robust_node_fast.zubov.boundary import regions_that_meet
+from robust_node_fast.zubov.lyapunov import ConvexLyapunov
 from robust_node_fast.zubov.network import ZubovNet
 
 __all__ = ["PARTS", "Images", "Plane", "cells", "compute", "path_of", "read"]
@@ -338,6 +340,7 @@ def _evaluated(cell: Images, net: nn.Module, dataset: data.Dataset, on_progress:
         right = [bare(x).argmax(1) == y for x, y in zip(*(torch.split(part, 512) for part in test), strict=True)]
     return {
         "regions": _regions(net, dataset) if isinstance(net, ZubovNet) else None,
+        "meeting": _meeting(net.lyapunov) if isinstance(net, ZubovNet) else None,
         "bare_accuracy": float(torch.cat(right).double().mean()),
         "margin": {str(radius): _margin_attack(net, images, labels, radius, seed) for radius in cell.eps},
         "autoattack": {str(cell.middle): _autoattack(net, images, labels, cell, on_progress)},
@@ -367,13 +370,20 @@ def _autoattack(net: nn.Module, images: Tensor, labels: Tensor, cell: Images, on
         return float((net(found).argmax(1) == labels).double().mean())
 
 
+def _meeting(lyapunov: ConvexLyapunov) -> float:
+    """The share of pairs of regions that meet on the segment between their equilibria."""
+    pairs = lyapunov.num_classes * (lyapunov.num_classes - 1)
+    return float(regions_that_meet(lyapunov).sum()) / pairs
+
+
 @torch.no_grad()
 def _regions(net: ZubovNet, dataset: data.Dataset) -> dict[str, dict[str, float]]:
     """Whether states do what Zubov's equation says, of the first images of either set.
 
-    ``inside_first``, ``inside_last``: the share of states x(0) and x(T) in the own class's region. ``falls``: of the
-    network's steps in which the own V falls. Simulated on, for 40 units of time from x(0) in steps of 1/40: ``stays``,
-    the share of images whose states are in the own region then, ``arrives``: where the own V has fallen below 0.1.
+    ``inside_first``, ``inside_last``: the share of states x(0) and x(T) in the own class's region; ``inside_others``:
+    of x(0) in another class's, whatever its own. ``falls``: of the network's steps in which the own V falls. Simulated
+    on, for 40 units of time from x(0) in steps of 1/40: ``stays``, the share of images whose states are in the own
+    region then, ``arrives``: where the own V has fallen below 0.1.
     """
     found = {}
     for name, images, labels in (
@@ -383,6 +393,7 @@ def _regions(net: ZubovNet, dataset: data.Dataset) -> dict[str, dict[str, float]
         states = net.trajectory(data.to_float(images[:LOOKED_AT]))
         own = labels[:LOOKED_AT]
         value = torch.stack([net.lyapunov(state).gather(1, own[:, None])[:, 0] for state in states])
+        others = net.lyapunov(states[0]).scatter(1, own[:, None], torch.inf).amin(1)
         end = states[0]
         for _ in range(1600):
             end = end + 0.025 * net.vector_field(end[None])[0]
@@ -390,6 +401,7 @@ def _regions(net: ZubovNet, dataset: data.Dataset) -> dict[str, dict[str, float]
         shares = {
             "inside_first": value[0] < 1.0,
             "inside_last": value[-1] < 1.0,
+            "inside_others": others < 1.0,
             "falls": value[1:] < value[:-1],
             "stays": final < 1.0,
             "arrives": final < 0.1,

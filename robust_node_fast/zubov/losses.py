@@ -1,4 +1,4 @@
-"""The losses of Zubov-Net: consistency with Zubov's equation, classification, separation of regions, containment."""
+"""The losses of Zubov-Net: consistency with Zubov's equation, classification, separation, containment, exclusion."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ def zubov_losses(
     classification: float = 1.0,
     separation: float = 1.0,
     containment: float = 0.0,
+    exclusion: float = 0.0,
     rate: float = 4.0,
     temperature: float = 1.0,
     margin: float = 0.1,
@@ -45,7 +46,7 @@ def zubov_losses(
     floor: float | None = None,
     generator: torch.Generator | None = None,
 ) -> dict[str, Tensor]:
-    """Consistency, classification, separation and containment, each times its weight; their sum is the objective.
+    """Consistency, classification, separation, containment, exclusion, times their weights; the objective is their sum.
 
     The recipes (docs/training.md) have ``rate=1`` and ``reach=0.25`` in the place of these defaults.
 
@@ -59,6 +60,9 @@ def zubov_losses(
     - ``containment``: mean of ``relu(V_y(x(0)) - 1/2)``. The cross-entropy is content with first states on the
       boundary, as long as the other V are larger; there the equation is content with states that stay there, and they
       do not come to rest at ``x*``.
+    - ``exclusion``: mean over the batch of ``sum_{j != y} relu(1 + margin - V_j(x(0)))``: first states are to lie
+      outside the other classes' regions. Random rays hardly ever point at another region where dimensions are many, so
+      that separation alone does not see regions that share most of the data.
 
     Args:
         lyapunov: K functions; at least two unless ``classification`` and ``separation`` are 0.
@@ -66,7 +70,8 @@ def zubov_losses(
             divided evenly among the steps.
         trajectory: ``(N + 1, B, dim)``, x(0) first.
         labels: ``(B,)`` int64. Classes may be missing from the batch: their regions take part all the same.
-        consistency, classification, separation, containment: weights >= 0; what has weight 0 is not computed, and is 0.
+        consistency, classification, separation, containment, exclusion: weights >= 0; what has weight 0 is not
+            computed, and is 0.
         rate: c of ``psi = c V``, per unit of time.
         temperature, margin: as above; > 0 and >= 0.
         n_rays: rays of each class, rounded up to a multiple of N.
@@ -77,20 +82,21 @@ def zubov_losses(
         generator: of rays and shares.
 
     Returns:
-        Four scalars. Differentiable once: exact gradients of these numbers, boundary points move with the parameters.
+        Five scalars. Differentiable once: exact gradients of these numbers, boundary points move with the parameters.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and what was expected; states or right-hand sides are not
             finite; all states of a batch of several classes have the same V (collapsed; with classification); V does
             not reach 1.
 
-    Source: arXiv 2509.21879 for the first three; their equations are our reading, and containment is ours.
+    Source: arXiv 2509.21879 for the first three; their equations are our reading, and the other two are ours.
     """
     weights = {
         "consistency": consistency,
         "classification": classification,
         "separation": separation,
         "containment": containment,
+        "exclusion": exclusion,
     }
     for name, weight in weights.items():
         _checks.number(name, weight)
@@ -111,8 +117,10 @@ def zubov_losses(
             raise ValueError(f"floor={floor!r} is not positive, expected a float > 0 or None")
     _checks.count("n_rays", n_rays)
     trajectory = _check_batch(lyapunov, trajectory, labels)
-    if lyapunov.num_classes < 2 and (classification or separation):
-        raise ValueError("lyapunov has one class, expected two or more, or classification=0 and separation=0")
+    if lyapunov.num_classes < 2 and (classification or separation or exclusion):
+        raise ValueError(
+            "lyapunov has one class, expected two or more, or classification=0, separation=0 and exclusion=0"
+        )
     with torch.autocast(trajectory.device.type, enabled=False):
         coefficients = lyapunov.coefficients()
         losses = dict.fromkeys(weights, trajectory.new_zeros(()))
@@ -132,9 +140,11 @@ def zubov_losses(
             losses["classification"] = classification * entropy
         if separation:
             losses["separation"] = separation * _separation(lyapunov, coefficients, boundary, margin)
-        if containment:
-            first = lyapunov.values(coefficients, lyapunov.offsets(trajectory[0])).gather(0, labels[None])
-            losses["containment"] = containment * (first - CONTAINED).relu().sum() / max(1, len(labels))
+        if containment or exclusion:
+            first, own = lyapunov.values(coefficients, lyapunov.offsets(trajectory[0])), labels[None]
+            inside = (first.gather(0, own) - CONTAINED).relu().sum() / max(1, len(labels))
+            outside = (1.0 + margin - first).relu().scatter(0, own, 0.0).sum() / max(1, len(labels))
+            losses["containment"], losses["exclusion"] = containment * inside, exclusion * outside
     return losses
 
 
@@ -187,8 +197,8 @@ def _separation(lyapunov: ConvexLyapunov, coefficients: Coefficients, boundary: 
     k, n_rays = boundary.shape[:2]
     points = (lyapunov.equilibria[:, None] + boundary).flatten(0, 1)
     value = lyapunov.values(coefficients, lyapunov.offsets(points)).view(k, k, n_rays)
-    others = ~torch.eye(k, dtype=torch.bool, device=value.device)
-    return (1.0 + margin - value[others]).relu().mean()
+    others = 1.0 - torch.eye(k, dtype=value.dtype, device=value.device)[..., None]
+    return ((1.0 + margin - value).relu() * others).sum() / (k * (k - 1) * n_rays)
 
 
 def _place_in_class(labels: Tensor, k: int) -> Tensor:

@@ -103,17 +103,20 @@ def _regions(cells: Sequence[Images], folder: Path) -> Iterator[str]:
     """What ``experiments`` says of a Zubov-Net's states, mean over seeds."""
     shares = {
         "inside_first": "x(0) in own region",
+        "inside_others": "x(0) in another's region",
         "inside_last": "x(T) in own region",
         "falls": "steps in which own V falls",
         "stays": "in own region at time 40",
         "arrives": "own V < 0.1 at time 40",
     }
-    yield f"| states of a Zubov-Net | {' | '.join(shares.values())} |"
-    yield "|---" * (len(shares) + 1) + "|"
+    yield f"| states of a Zubov-Net | {' | '.join(shares.values())} | pairs of regions that meet |"
+    yield "|---" * (len(shares) + 2) + "|"
     found = [result for result in _found(cells, folder) if not result["refused"]]
+    meeting = _percent([result["meeting"] for result in found if "meeting" in result])
     for name in ("train", "test"):
-        values = [_percent([result["regions"][name][share] for result in found]) for share in shares]
-        yield f"| of {name} images | {' | '.join(values)} |"
+        of = [result["regions"][name] for result in found]
+        values = [_percent([each[share] for each in of if share in each]) for share in shares]
+        yield f"| of {name} images | {' | '.join(values)} | {meeting} |"
 
 
 def _found(cells: Sequence[Cell], folder: Path) -> list[dict[str, Any]]:
