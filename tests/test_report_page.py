@@ -6,13 +6,15 @@ import base64
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from robust_node_fast import robustness
+from robust_node_fast import cli, robustness
 from robust_node_fast.robustness import Check, Example, Report, Result
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -108,7 +110,7 @@ def test_page_says_everything() -> None:
         "3.125",
     ):
         assert cell in text["td"], cell
-    assert text["span"] == ["3", "4", "3", "7", "8", "9"]
+    assert text["span"] == ["3 → 3", "4 → 4", "3 → 3", "4 → 7", "3 → 8", "4 → 9"]
     assert any("AutoAttack was not run." in words for words in text["p"])
     assert "All 1 checks held." in text["p"]
 
@@ -128,11 +130,30 @@ def test_page_without_rates_and_examples() -> None:
     assert Strict(bare.to_html()).text["h2"] == ["Accuracy against strength", "Accuracies", "Checks", "Settings"]
 
 
+def evaluated_by_the_command(tmp_path: Path) -> str:
+    """What ``rnf evaluate --suite full`` writes about a network of a run on digits."""
+    run = tmp_path / "run"
+    train = ["train", "--dataset", "digits", "--network", "vanilla", "--set", "steps=2", "--out", str(run)]
+    evaluate = ["evaluate", str(run), "--suite", "full", "--samples", "4", "--eps", "0.5", "--eps-l2", "4"]
+    for command in (train, evaluate):
+        done = CliRunner().invoke(cli.app, command)
+        assert done.exit_code == 0, done.output
+    (page,) = run.rglob("report.html")
+    return page.read_text(encoding="utf-8")
+
+
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome on this machine: the page was only parsed")
-def test_page_in_a_browser(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("write", "pictures", "cell"),
+    [
+        (lambda _: report().to_html(), 7, "salt-and-pepper, fraction of pixels 0.2"),
+        (evaluated_by_the_command, None, "pgd-margin, l_2 eps 4"),
+    ],
+)
+def test_page_in_a_browser(write: Callable[[Path], str], pictures: int | None, cell: str, tmp_path: Path) -> None:
     """A copy counts its own pictures once they are loaded; no request leaves the page, whatever it might ask for."""
     assert BROWSER is not None
-    page = report().to_html()
+    page = write(tmp_path)
     policy, count = re.compile(r"<meta http-equiv=\"Content-Security-Policy\"[^>]*>"), "document.images"
     script = (
         f"onload = () => document.title = [...{count}].filter(i => i.naturalWidth).length + ' of ' + {count}.length"
@@ -148,8 +169,10 @@ def test_page_in_a_browser(tmp_path: Path) -> None:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
 
     dom = browse("--dump-dom", (tmp_path / "counted.html").as_uri()).stdout
-    assert "<title>7 of 7</title>" in dom
-    assert "salt-and-pepper, fraction of pixels 0.2" in dom
+    expected = pictures or page.count("<img ")
+    assert expected > 5
+    assert f"<title>{expected} of {expected}</title>" in dom
+    assert cell in dom
     shot = browse(f"--screenshot={tmp_path / 'page.png'}", "--window-size=800,600", (tmp_path / "page.html").as_uri())
     assert "Content Security Policy" not in shot.stderr  # nothing on the page as shipped was refused
     from torchvision.io import decode_image

@@ -55,6 +55,7 @@ def _lines(cells: Sequence[Cell], rows: Rows, picture: str) -> Iterator[str]:
         "",
         f"![Accuracy by epoch and by radius]({picture})",
     )
+    yield from _found(rows)
     for row, found in rows.items():
         minutes = statistics.fmean(cell.train_seconds for cell in found) / 60
         first, middle, last = (
@@ -70,6 +71,20 @@ def _lines(cells: Sequence[Cell], rows: Rows, picture: str) -> Iterator[str]:
         for cell in found:
             if not cell.report.reliable:
                 yield from ("", f"**{row}: {cell.report.verdict}**")
+
+
+def _found(rows: Rows) -> Iterator[str]:
+    """What the penalty gains and costs, column by column, and whether anything is certified."""
+    gains = []
+    for heading, name, strength in COLUMNS:
+        found = claims.pairs(rows, "cifar/contractive", "cifar/vanilla", name, strength)
+        if found:
+            gains.append(f"{heading} {statistics.fmean(ours - theirs for ours, theirs in found):+.1f}")
+    if gains:
+        yield from ("", f"Contractive against vanilla, in points: {', '.join(gains)}.")
+    most = [max(accuracies(found, "certified", CIFAR_EPS[0]).values(), default=0.0) for found in rows.values()]
+    if most and max(most) == 0.0:
+        yield from ("", "No image is certified, so that no attack could contradict a certificate.")
 
 
 def cifar_picture(cells: Sequence[Cell], results: Mapping[str, CellResult], target: str | Path | IO[bytes]) -> None:

@@ -78,14 +78,15 @@ td.number { text-align: right; font-variant-numeric: tabular-nums; }
 {% endif %}
 {% if examples %}
 <h2>Examples</h2>
-<p>The first images, each test at its largest strength; below each the class that the model sees, red where wrong.
+<p>The first images, each test at its largest strength; below each its class and what the model sees, red where wrong.
+An image that an attack broke at a smaller radius is shown as it was there, one that was wrong from the start as it is.
 Images are drawn clipped to [0, 1].</p>
 <div class="wide"><table class="examples">
 {% for test, cells in examples %}
 <tr><th>{{ test }}</th>
 {% for source, predicted, label in cells %}
 <td><img alt="class {{ label }}" src="{{ source }}">
-<span{% if predicted != label %} class="fooled"{% endif %}>{{ predicted }}</span></td>
+<span{% if predicted != label %} class="fooled"{% endif %}>{{ label }} → {{ predicted }}</span></td>
 {% endfor %}</tr>
 {% endfor %}
 </table></div>
