@@ -23,7 +23,7 @@ from typer.testing import CliRunner, Result
 from robust_node_fast import cli, data, reproduce, robustness, training
 from robust_node_fast.reproduce import cell as cell_module
 from robust_node_fast.reproduce import claims, grid, summary
-from robust_node_fast.robustness import tally
+from robust_node_fast.robustness import auto_attack, suite, tally
 from robust_node_fast.training import TrainConfig, objective
 from robust_node_fast.training.checkpoint import digest_of_json
 
@@ -108,7 +108,11 @@ def test_a_setting_makes_a_cell() -> None:
     (swept,) = (cell for cell in found if (cell.row, cell.config.seed) == ("rho/default/2", 0))
     same = [cell.row for cell in found if cell.name == swept.name]
     assert same == ["rho/default/2", "gamma/1", "steps/2/h 0.01, N 10"]
-    assert [cell.row for cell in found if cell.config == swept.config] == ["grid/default/2", *same]  # one network
+    assert [cell.row for cell in found if cell.config == swept.config] == [
+        "grid/default/2",
+        *same,
+        "full/default/2",
+    ]  # one network
     others = [
         reproduce.cells("fashionmnist", seeds=1),
         reproduce.cells("mnist", seeds=1, attack_samples=9),
@@ -121,6 +125,35 @@ def test_a_setting_makes_a_cell() -> None:
     assert {cell.name for cell in elsewhere} == names.keys()
 
 
+def test_the_full_suite_is_a_cell_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The network of another row, under more attacks; without AutoAttack there is none."""
+    budget = {"epochs": 1, "train_samples": 100, "attack_samples": 4}
+    cell, usual = (
+        reproduce.cells("digits", seeds=1, only=[row], **budget)[0] for row in ("full/certified", "certified")
+    )
+    assert cell.config == usual.config
+    assert (cell.suite, cell.name != usual.name) == ("full", True)
+    digits = data.load("digits")
+    with monkeypatch.context() as patch:
+        patch.setattr(auto_attack, "available", lambda: False)
+        with pytest.raises(training.RunError, match="AutoAttack was not run"):
+            reproduce.compute(cell, tmp_path, digits, on_progress=lambda _: None)
+    monkeypatch.setattr(auto_attack, "available", lambda: True)
+    attacks = suite.SUITES["full"].attacks
+    few = [attack for attack in attacks if attack.name in ("fgsm", "pgd", "square")]
+    monkeypatch.setitem(suite.SUITES, "full", dataclasses.replace(suite.SUITES["full"], attacks=tuple(few)))
+    result = reproduce.compute(cell, tmp_path, digits, on_progress=lambda _: None)
+    assert reproduce.read(cell, tmp_path) == result
+    assert {found.strength for found in result.report.results if found.name == "square"} == set(cell.eps)
+    assert not [found for found in result.report.results if found.measure == "l_2 eps"]
+    page = reproduce.markdown([cell], {cell.name: result})
+    (heading,) = [line for line in page.splitlines() if line.startswith("| row |")]
+    (line,) = [line for line in page.splitlines() if line.startswith("| full/certified | 1 |")]
+    shown = dict(zip(heading.split(" | "), line.split(" | "), strict=True))
+    assert shown["Square 0.1"] == f"{100 * result.report.accuracy('square', 0.1):.1f}"
+    assert shown["AutoAttack 0.1"] == ""
+
+
 def test_sweeps_are_small_unless_asked_otherwise() -> None:
     def kinds(**asked: int) -> dict[bool, set[tuple[int, int | None]]]:
         found: dict[bool, set[tuple[int, int | None]]] = {False: set(), True: set()}
@@ -128,8 +161,11 @@ def test_sweeps_are_small_unless_asked_otherwise() -> None:
             found[cell.row.split("/")[0] not in ("grid", "certified")].add((cell.config.seed, cell.attack_samples))
         return found
 
-    assert kinds() == {False: {(0, None), (1, None), (2, None)}, True: {(0, 1000)}}
-    assert kinds(seeds=2) == {False: {(0, None), (1, None)}, True: {(0, 1000), (1, 1000)}}
+    assert kinds() == {False: {(0, None), (1, None), (2, None)}, True: {(0, 1000), (0, 500)}}
+    assert kinds(seeds=2) == {
+        False: {(0, None), (1, None)},
+        True: {(0, 1000), (1, 1000), (0, 500), (1, 500)},
+    }
     assert kinds(attack_samples=9) == {False: {(0, 9), (1, 9), (2, 9)}, True: {(0, 9)}}
     (cell,) = reproduce.cells("mnist", only=["gamma/10"])
     result = made_up(cell, lambda name, strength: 0.5)

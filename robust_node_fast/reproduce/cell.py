@@ -20,7 +20,8 @@ from robust_node_fast._version import __version__
 from robust_node_fast.certify import linf_certified
 from robust_node_fast.data import Dataset
 from robust_node_fast.nn import EulerConvFlow
-from robust_node_fast.reproduce.grid import SUITE, Cell, network_name
+from robust_node_fast.reproduce.grid import Cell, network_name
+from robust_node_fast.robustness import auto_attack
 from robust_node_fast.training import CheckpointError, Outcome, RunError, TrainConfig
 from robust_node_fast.training.checkpoint import digest_of_json, replace_file
 
@@ -124,9 +125,11 @@ def compute(cell: Cell, folder: Path, dataset: Dataset, *, on_progress: OnProgre
     Raises:
         InUse: another process trains or evaluates one of the networks.
         CheckpointError, Interrupted, RunError: as ``training.fit``; or a run folder holds another network than its name
-            stands for.
+            stands for; or AutoAttack is not installed, for the full suite.
         ValueError: as ``robustness.evaluate``.
     """
+    if cell.suite == "full" and not auto_attack.available():
+        raise RunError(auto_attack.MISSING)
     partner = _trained(cell.partner, folder, dataset, lambda what: on_progress(f"{cell.label}: partner {what}"))
     own = _trained(cell.config, folder, dataset, lambda what: on_progress(f"{cell.label}: {what}"))
     unfinished = folder / "unfinished" / f"{cell.name}.safetensors"
@@ -135,8 +138,9 @@ def compute(cell: Cell, folder: Path, dataset: Dataset, *, on_progress: OnProgre
         report = robustness.evaluate(
             _to_attack(own.folder),
             (dataset.test_images, dataset.test_labels),
-            suite=SUITE,
+            suite=cell.suite,
             eps=cell.eps,
+            eps_l2=(),
             seeds=(cell.config.seed,),  # the spread that matters is that of training
             sources={cell.partner.network: _to_attack(partner.folder)},
             transfer_eps=cell.transfer_eps,

@@ -29,6 +29,9 @@ STEPS = ((0.01, 5), (0.01, 10), (0.01, 20), (0.05, 10), (0.1, 10))  # h, N
 SEEDS = 3
 # Parts in which a setting is swept: small enough to run, one seed and attacks on the first test images.
 SWEEPS, SWEEP_SEEDS, SWEEP_ATTACK_SAMPLES = ("rho", "gamma", "steps", "jacobian"), 1, 1000
+# The networks that the conclusions are about, once more under everything there is: an hour for one that resists.
+FULL, FULL_SEEDS, FULL_ATTACK_SAMPLES = ("certified", "authors/2", "default/2", "default/none"), 1, 500
+FULL_EPS = (0.05, 0.1, 0.2)
 # CIFAR-10 within hours on a CPU: the recipe for large batches with smaller ones, which give few epochs enough steps.
 CIFAR: dict[str, Any] = {
     "recipe": "large-batch",
@@ -55,6 +58,7 @@ class Cell:
     attack_samples: int | None
     eps: tuple[float, ...] = EPS
     transfer_eps: tuple[float, ...] = TRANSFER_EPS
+    suite: str = SUITE
 
     @property
     def label(self) -> str:
@@ -67,7 +71,7 @@ class Cell:
             "protocol": PROTOCOL,
             "train": self.config.settings(),
             "partner": self.partner.settings(),
-            "suite": SUITE,
+            "suite": self.suite,
             "eps": list(self.eps),
             "transfer_eps": list(self.transfer_eps),
             "attack_samples": self.attack_samples,
@@ -113,9 +117,10 @@ def cells(
 
     Args:
         dataset: as in ``TrainConfig``.
-        seeds: their number. None: 3, and 1 for the sweeps.
+        seeds: their number. None: 3, and 1 for the sweeps and the full suite.
         only: rows, or what some begin with: "grid", "grid/identity", "grid/identity/2", "rho", ... None given: all.
-        attack_samples: attacks take the first so many test images. None: all, and 1000 for the sweeps.
+        attack_samples: attacks take the first so many test images. None: all, 1000 for the sweeps, 500 for the full
+            suite.
         budget: fields of ``TrainConfig`` for all cells.
 
     Raises:
@@ -129,14 +134,13 @@ def cells(
     found = []
     for seed in range(SEEDS if seeds is None else seeds):
         for row, changes in rows.items():
-            swept = row.split("/")[0] in SWEEPS
-            if swept and seeds is None and seed >= SWEEP_SEEDS:
+            usual, attacked, more = _usual(row.split("/")[0])
+            if seeds is None and seed >= usual:
                 continue
             own, other = (
                 _config(dataset, {**budget, **fields, "seed": seed}) for fields in (changes, _partner(changes))
             )
-            attacked = SWEEP_ATTACK_SAMPLES if swept and attack_samples is None else attack_samples
-            found.append(Cell(row, own, other, attacked))
+            found.append(Cell(row, own, other, attacked if attack_samples is None else attack_samples, **more))
     return found
 
 
@@ -156,6 +160,13 @@ def cifar_cells(*, seeds: int = 1, attack_samples: int | None = None, **budget: 
     return found
 
 
+def _usual(part: str) -> tuple[int, int | None, dict[str, Any]]:
+    """Seeds and attacked images of a part, and what else its cells have of their own."""
+    if part == "full":
+        return FULL_SEEDS, FULL_ATTACK_SAMPLES, {"suite": "full", "eps": FULL_EPS, "transfer_eps": FULL_EPS}
+    return (SWEEP_SEEDS, SWEEP_ATTACK_SAMPLES, {}) if part in SWEEPS else (SEEDS, None, {})
+
+
 def _config(dataset: str, fields: dict[str, Any]) -> TrainConfig:
     if "recipe" in fields:
         return TrainConfig.recipe(dataset, **fields)
@@ -168,10 +179,11 @@ def _belongs(row: str, wanted: str) -> bool:
 
 def _rows() -> Iterator[tuple[str, dict[str, Any]]]:
     """Name and settings of every row."""
+    grid: dict[str, dict[str, Any]] = {}
     for init in INITS:
-        yield f"grid/{init}/none", {"init": init, "network": "vanilla"}
-        for norm in NORMS:
-            yield f"grid/{init}/{norm}", {"init": init, "norm": norm}
+        grid[f"{init}/none"] = {"init": init, "network": "vanilla"}
+        grid |= {f"{init}/{norm}": {"init": init, "norm": norm} for norm in NORMS}
+    yield from ((f"grid/{name}", changes) for name, changes in grid.items())
     for init in ("default", "identity"):
         for rate in RATES:
             yield f"rho/{init}/{rate:g}", {"init": init, "rate": rate}
@@ -182,7 +194,9 @@ def _rows() -> Iterator[tuple[str, dict[str, Any]]]:
             changes = {"init": "default", "network": network, "step_size": step_size, "n_steps": n_steps}
             yield f"steps/{penalty}/h {step_size:g}, N {n_steps}", changes
     yield "jacobian/default", {"init": "default", "regularizer": "jacobian"}
-    yield "certified", {"recipe": "certified"}
+    certified = {"recipe": "certified"}
+    yield "certified", certified
+    yield from ((f"full/{name}", {**grid, "certified": certified}[name]) for name in FULL)
 
 
 def _partner(changes: dict[str, Any]) -> dict[str, Any]:

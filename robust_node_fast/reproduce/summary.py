@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from robust_node_fast.reproduce import claims
 from robust_node_fast.reproduce.cell import CellResult
 from robust_node_fast.reproduce.claims import Rows, accuracies, pairs
-from robust_node_fast.reproduce.grid import INITS, NORMS, SEEDS, Cell
+from robust_node_fast.reproduce.grid import FULL_EPS, INITS, NORMS, SEEDS, Cell
 
 __all__ = ["as_table", "by_row", "markdown", "table"]
 
@@ -43,6 +43,7 @@ PARTS = {
     "steps": "Step size and number of steps: `steps/PENALTY/...`",
     "jacobian": "The Jacobian regulariser",
     "certified": "Trained for certificates: `rnf train --recipe certified`",
+    "full": "Stronger attacks (suite `full`): `full/NETWORK`",
 }
 # The last part again, with what it is for, beside the paper's recipe.
 BEATEN = ("certified", "grid/authors/2", "grid/default/2", "grid/default/none")
@@ -63,6 +64,22 @@ STRONGER = (
     ("certified 0.05", "certified", 0.05),
     ("certified 0.1", "certified", 0.1),
     ("certified 0.2", "certified", 0.2),
+)
+# Of the full suite; PGD has five restarts there, on the cross-entropy and on the margin.
+STRONGEST: Columns = (
+    ("clean", "clean", 0.0),
+    *(
+        (f"{heading} 0.1", name, 0.1)
+        for heading, name in (
+            ("FGSM", "fgsm"),
+            ("PGD", "pgd"),
+            ("margin PGD", "pgd_margin"),
+            ("transfer", claims.TRANSFER),
+            ("Square", "square"),
+            ("AutoAttack", "autoattack"),
+        )
+    ),
+    *((f"{name} {eps:g}", name, eps) for eps in FULL_EPS for name in ("worst case", "certified")),
 )
 # By how many points a network may fall behind one that it dominates, or has to be ahead.
 CLEAN_MAY_LOSE = 0.5
@@ -137,6 +154,8 @@ def _dataset(dataset: str, cells: Sequence[Cell], results: Mapping[str, CellResu
     for part, members in parts.items():
         if part == "certified":
             shown = table({row: rows[row] for row in BEATEN if row in rows}, spread=True, columns=STRONGER)
+        elif part == "full":
+            shown = table(members, spread=True, columns=STRONGEST)
         else:
             shown = table(members, spread=True)
         yield from ("", f"### {PARTS[part]}", "", *as_table(shown))
