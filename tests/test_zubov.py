@@ -554,6 +554,23 @@ def test_separation_sees_a_nested_region_from_one_side_only() -> None:
         assert_close(found.detach(), 0.5 * seen.detach(), 1e-12)  # the other half of the mean is zero
 
 
+def test_every_parameter_of_one_layer_gets_a_gradient() -> None:
+    """DDP waits for all of them."""
+    lyapunov = functions(depth=1)
+    lyapunov(torch.randn(4, 3, dtype=torch.float64)).sum().backward()
+    assert all(parameter.grad is not None and parameter.numel() for parameter in lyapunov.parameters())
+    assert "query" not in lyapunov.state_dict()
+
+
+def test_a_boundary_just_short_of_the_largest_radius_is_found() -> None:
+    """The level is met, if only to rounding, where a ray would be given up."""
+    far = functions(2, 1, equilibria=torch.zeros(1, 2), eps=2.0**-39.99)
+    with torch.no_grad():
+        far.log_scale.fill_(-60.0)  # V is eps |x|^2
+    radius = torch.linalg.vector_norm(zubov.sample_boundary(far, 5), dim=-1)
+    assert_close(radius, torch.full_like(radius, 2.0**19.995), 1e-9)
+
+
 def test_regions_that_meet() -> None:
     """Balls of radius 2 around their equilibria meet where these are less than 4 apart; one can hold the other's."""
     lyapunov = functions(2, 4, equilibria=torch.tensor([[0.0, 0.0], [3.9, 0.0], [0.0, 4.1], [0.0, 0.0]]), eps=0.25)

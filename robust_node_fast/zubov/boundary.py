@@ -141,7 +141,7 @@ def _report(value: Tensor, radius: Tensor, level: float, kind: torch.dtype) -> N
     lost = ~(value.isfinite() & radius.isfinite())
     if bool(lost.any()):
         raise ValueError(f"V is not finite along {_rays(lost)}, expected finite Lyapunov functions")
-    flat = (value < level) & (radius > 0.5 * _LARGEST)
+    flat = (value < (1.0 - _WRONG) * level) & (radius > 0.5 * _LARGEST)
     if bool(flat.any()):
         raise ValueError(
             f"V stays below level={level!r} up to a radius of {_LARGEST:g} along {_rays(flat)}, expected functions "

@@ -91,7 +91,7 @@ def bare_backbone(net: nn.Module, inputs: Tensor, labels: Tensor, num_classes: i
     assert isinstance(net, FlowClassifier | ZubovNet)
     with torch.no_grad():
         states = torch.cat([net.backbone(data.to_float(part)) for part in torch.split(inputs, 512)])
-    head = nn.Linear(states.shape[1], num_classes)
+    head = nn.Linear(states.shape[1], num_classes, device=states.device)
     for parameter in head.parameters():
         nn.init.zeros_(parameter)
     optimizer = torch.optim.LBFGS(head.parameters(), max_iter=100, line_search_fn="strong_wolfe")

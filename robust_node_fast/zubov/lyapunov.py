@@ -103,7 +103,8 @@ class ConvexLyapunov(nn.Module):
 
         self.input_weight = parameter(num_classes, depth * width, dim)
         self.anchor = parameter(num_classes, depth, width)
-        self.query = parameter(num_classes, depth - 1, width, heads)
+        # Of one layer there are none: an empty parameter would never get a gradient, for which DDP would wait.
+        self.query = parameter(num_classes, depth - 1, width, heads) if depth > 1 else None
         self.key = parameter(num_classes, depth, width, heads)
         self.readout_query = parameter(num_classes, 1, heads)
         self.log_scale = parameter(num_classes)
@@ -129,7 +130,8 @@ class ConvexLyapunov(nn.Module):
         """Scores and pre-activations of variance one for states of variance one; ``s = 1``; learned equilibria too."""
         nn.init.normal_(self.input_weight, std=self.dim**-0.5)
         for parameter in (self.anchor, self.query, self.key, self.readout_query):
-            nn.init.normal_(parameter)
+            if parameter is not None:
+                nn.init.normal_(parameter)
         nn.init.zeros_(self.log_scale)
         if isinstance(self.equilibria, nn.Parameter):
             nn.init.normal_(self.equilibria)
@@ -168,7 +170,8 @@ class ConvexLyapunov(nn.Module):
         # unbind: the gradient of an indexed tensor is a zero tensor of full size, for every index. Before the softmax:
         # gradients of scores would be put together in a larger copy than those of queries and keys.
         *lower, last = (keys * keys.shape[-1] ** -0.5).unbind(1)
-        attention = tuple(torch.softmax(q @ k.mT, -1) for q, k in zip(self.query.unbind(1), lower, strict=True))
+        queries = () if self.query is None else self.query.unbind(1)
+        attention = tuple(torch.softmax(q @ k.mT, -1) for q, k in zip(queries, lower, strict=True))
         readout = torch.softmax(self.readout_query @ last.mT, -1) * self.log_scale.exp()[:, None, None]
         anchor = anchor.unsqueeze(-1)
         slopes = torch.sigmoid(anchor).unbind(1)

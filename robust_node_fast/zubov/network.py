@@ -106,7 +106,9 @@ class ZubovNet(nn.Module):
 
     Training adds the other losses:
 
-        losses = zubov_losses(net.lyapunov, net.vector_field, net.trajectory(images), labels)
+        losses = zubov_losses(
+            net.lyapunov, net.vector_field, net.trajectory(images), labels, temperature=net.temperature
+        )
 
     Equilibria are learned or fixed, as ``lyapunov`` has them. That ``f(x*) = 0`` is no part of the architecture (our
     reading): it is a term of the consistency loss.
