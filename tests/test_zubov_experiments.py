@@ -16,7 +16,7 @@ from helpers import start
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from robust_node_fast import cli, data, training, zubov
+from robust_node_fast import cli, data, robustness, training, zubov
 from robust_node_fast.certify import linf_certified
 from robust_node_fast.robustness import auto_attack
 from robust_node_fast.training import TrainConfig
@@ -228,6 +228,35 @@ def test_train_evaluate_and_certify_digits(tmp_path: Path) -> None:
     radius = zubov.margin_radius(net, DIGITS.test_images[:10], DIGITS.test_labels[:10])
     assert content["radius_mean"] == pytest.approx(float(radius.mean()))
     assert content["certified"]["0.0"] == content["clean"]
+
+
+def test_no_attack_breaks_certificates_of_a_trained_network(tmp_path: Path) -> None:
+    """Straight on the margin, on the cross-entropy, and transferred from the bare backbone; at a radius not tiny."""
+    folder = tmp_path / "run"
+    training.prepare(TrainConfig.recipe("digits", "zubov", steps=120), folder)
+    training.fit(folder, DIGITS)
+    net, _ = training.load_model(folder)
+    images, labels = DIGITS.test_images[:100], DIGITS.test_labels[:100]
+    radius = zubov.margin_radius(net, images, labels)
+    certified = radius > 0.2 * radius.max()
+    eps = float(radius[certified].min())
+    assert certified.sum() > 50
+    assert eps > 1e-6
+    assert torch.equal(zubov.margin_certified(net, images, labels, 0.999 * eps)[certified], certified[certified])
+    images, labels = images[certified], labels[certified]
+    bare = contenders.bare_backbone(net, DIGITS.train_images, DIGITS.train_labels, 10)
+    for attacked, loss in ((net, "margin"), (net, "cross-entropy"), (bare, "cross-entropy")):
+        found = robustness.pgd(
+            *(attacked, images, labels, eps),
+            step_size=eps / 4,
+            n_steps=20,
+            loss=loss,
+            target=net,
+            generator=torch.Generator().manual_seed(0),
+        )
+        assert not torch.equal(found, images)
+        with torch.no_grad():
+            assert torch.equal(net(found).argmax(1), labels)
 
 
 def test_the_full_recipe_learns_from_batches_of_real_images(data_root: Path, tmp_path: Path) -> None:
