@@ -77,14 +77,11 @@ def test_figures_of_the_readme_come_from_the_committed_results() -> None:
     intel = results / "intel_amx"
     old_ours, old_plain = epoch(intel)
     old = ratios(intel, *of_mnist, *of_cifar)
-    cells = ROOT / "docs" / "results" / "mnist" / "cells"
 
     def accuracies(row: str) -> dict[tuple[str, float], str]:
-        (path,) = cells.glob(f"mnist-{row}-seed0-*.json")
-        found = json.loads(path.read_text())["report"]["results"]
-        return {(result["name"], result["strength"]): f"{100 * result['mean']:.1f}%" for result in found}
+        return {test: f"{accuracy:.1f}%" for test, accuracy in means("mnist", row).items()}
 
-    certified, paper, authors = map(accuracies, ("default-certified", "default-2", "authors-2"))
+    certified, paper, authors = map(accuracies, ("certified", "grid/default/2", "grid/authors/2"))
     kept = {row: means("mnist", f"grid/{row}") for row in ("authors/2", "authors/none", "default/none")}
     attacked, noisy = (
         [kept[row][test] - kept["default/none"][test] for row in ("authors/2", "authors/none")]
@@ -97,7 +94,7 @@ def test_figures_of_the_readme_come_from_the_committed_results() -> None:
         f"noise of 0.2 it is {noisy[0]:.1f} and {noisy[1]:.1f}",
         f"classifies {certified['clean', 0.0]} of the clean images, {certified['pgd', 0.1]} under PGD-40",
         f"{certified['certified', 0.1]} are certified there",
-        f"keeps {paper['pgd', 0.1]} under PGD, {authors['pgd', 0.1]} from its authors' start",
+        f"keeps {paper['pgd', 0.1]} under PGD, {authors['pgd', 0.1]} from its authors' initialisation",
         f"**{plain / ours:.1f} times faster training**",
         f"takes {ours:.1f} s instead of {plain:.1f} s",
         f"**{forward} times faster flow, {attack} times faster input gradients**, as attacks need them, than the best",
@@ -120,7 +117,7 @@ def test_figures_of_the_page_on_certificates_come_from_the_committed_results() -
         clean, attacked, held = (found[key] for key in (("clean", 0.0), ("pgd", eps), ("certified", eps)))
         sentences.append(f"{clean:.1f}% clean, {attacked:.1f}% under PGD-40, {held:.1f}% certified")
     noisy, of_paper = (found["salt_and_pepper", 0.2] for found in (mnist, means("mnist", "grid/authors/2")))
-    sentences.append(f"{noisy:.1f}% instead of {of_paper:.1f}% from the authors' start")
+    sentences.append(f"{noisy:.1f}% instead of {of_paper:.1f}% from the authors' initialisation")
     assert (ROOT / "docs" / "results.md").read_text().count("The certified network dominates it") == 4
     for sentence in sentences:
         assert sentence in text, sentence
