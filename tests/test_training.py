@@ -243,7 +243,10 @@ def test_sigkill_at_random_moments_loses_nothing(config: TrainConfig, tmp_path: 
         ),  # dropout and batch norm
         (tiny(epochs=3, model="StridedNode", n_steps=1, batch_size=16, certified_eps=0.05, checkpoint_every=3), FEW),
         (vectors("zubov", checkpoint_every=5, ema_decay=0.9, grad_clip=1.0), DIGITS),
-        (vectors("zubov", checkpoint_every=4, optimizer="sgd", momentum=0.9, nesterov=True, accumulate=2), DIGITS),
+        (
+            vectors("zubov", checkpoint_every=4, optimizer="sgd", lr=1e-4, momentum=0.9, nesterov=True, accumulate=2),
+            DIGITS,
+        ),
         (vectors("contractive-node", checkpoint_every=5), DIGITS),
         (vectors("lyanet", checkpoint_every=5), DIGITS),
     ],

@@ -376,6 +376,45 @@ def test_a_setting_that_is_new_renames_no_cell(tmp_path: Path) -> None:
     assert len(names) == 2
 
 
+def test_what_concerns_lyapunov_functions_names_no_rival(tmp_path: Path) -> None:
+    """Rivals keep their files when a recipe of Zubov-Nets changes, those of before too, which name its settings."""
+    for cell in experiments.cells(only=["digits"], seeds=1):
+        usual = TrainConfig.recipe("digits", "zubov", model=cell.row, zubov={}).zubov
+        assert (cell.config.zubov.containment == 0.0) == (cell.row != "zubov")
+        assert usual == cell.config.zubov
+        before = json.loads(json.dumps(cell.settings))
+        before["train"]["zubov"]["containment"] = 10.0
+        content = {"protocol": experiments.PROTOCOL, "settings": before, "refused": None}
+        path = experiments.path_of(cell, tmp_path)
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({"sha256": digest_of_json(content), **content}))
+        assert experiments.read(cell, tmp_path) is not None
+        content["settings"]["train"]["zubov"]["dim"] = 99
+        path.write_text(json.dumps({"sha256": digest_of_json(content), **content}))
+        with pytest.warns(UserWarning, match="has other settings"):
+            assert experiments.read(cell, tmp_path) is None
+
+
+@pytest.mark.parametrize(("classes", "dim"), [(10, 16), (10, 9), (2, 16), (100, 64), (1, 2)])
+def test_equilibria_so_far_apart_that_no_regions_meet(classes: int, dim: int) -> None:
+    lyapunov = zubov.ConvexLyapunov(dim, classes, eps=0.05)
+    contenders.apart_(lyapunov)
+    distance = torch.pdist(lyapunov.equilibria.detach())
+    assert not zubov.regions_that_meet(lyapunov).any()
+    if 1 < classes <= dim + 1:
+        torch.testing.assert_close(distance, torch.full_like(distance, 2.0 / 0.05**0.5), rtol=1e-4, atol=0)
+    first = lyapunov.equilibria.detach().clone()
+    contenders.apart_(lyapunov)
+    assert classes == 1 or not torch.equal(first, lyapunov.equilibria)  # turned another way
+
+
+def test_networks_for_images_start_with_regions_that_do_not_meet() -> None:
+    for dataset in ("mnist", "cifar100"):
+        net = TrainConfig.recipe(dataset, "zubov").initial_model()
+        assert isinstance(net, zubov.ZubovNet)
+        assert not zubov.regions_that_meet(net.lyapunov).any()
+
+
 def test_only_what_a_guard_says_is_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that cannot be written is no network that collapsed."""
     monkeypatch.setattr(planar, "regions", functools.partial(planar.regions, side=9, step_size=0.5))

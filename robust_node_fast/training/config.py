@@ -32,6 +32,7 @@ _CONVOLUTIONAL_ONLY = {
     "autocast": False,
     "compile": False,
 }
+BESIDE_ZUBOV = ("backbone", "dim", "field_width")  # fields of ZubovConfig that the networks beside Zubov-Nets have, too
 _CHANGE_NO_NUMBER = ("data_root", "checkpoint_every")
 _SEEDS = 2**32  # times the numbers of steps and processes they are to fit 64 bits
 _WARMUP_START = 0.01  # of the learning rate
@@ -314,8 +315,11 @@ class TrainConfig:
         if dataset not in known:
             raise ValueError(f"recipe={recipe!r} is there for {', '.join(known)}, not for dataset={dataset!r}")
         settings = {**known[dataset], **changes}
-        if isinstance(changes.get("zubov"), Mapping):
-            settings["zubov"] = {**known[dataset].get("zubov", {}), **changes["zubov"]}
+        if not isinstance(settings.get("zubov"), ZubovConfig):
+            own = known[dataset].get("zubov", {})
+            if settings.get("model") != "zubov":  # the networks beside it have no Lyapunov functions
+                own = {name: own[name] for name in BESIDE_ZUBOV if name in own}
+            settings["zubov"] = {**own, **changes.get("zubov", {})}
         return cls(dataset, **settings)
 
     @classmethod

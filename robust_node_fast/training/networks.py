@@ -70,6 +70,6 @@ def _on_vectors(config: TrainConfig, given: dict[str, float]) -> nn.Module:
     lyapunov = ConvexLyapunov(
         zubov.dim, classes, width=zubov.width, depth=zubov.depth, partial=zubov.attention == "partial", eps=zubov.eps
     )
-    if config.dataset in data.PLANE:
-        contenders.spread_(lyapunov)
+    start = contenders.spread_ if config.dataset in data.PLANE else contenders.apart_
+    start(lyapunov)
     return ZubovNet(backbone, flow, lyapunov, temperature=zubov.temperature)

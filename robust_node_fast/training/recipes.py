@@ -89,11 +89,13 @@ _PLANE: Mapping[str, Any] = {
     "floor": 0.3,
 }
 # States well within their regions, and the equation in earnest near x* too: without the one they stay on the boundary,
-# without the other they do not come to rest. Found on digits, by what V does along trajectories of training images.
+# without the other they do not come to rest. Found on digits, by what V does along trajectories of training images; the
+# weight of the equation on training images of MNIST and FashionMNIST that were held out: more of it keeps more of them
+# under attack, and costs clean accuracy.
 _IMAGES: Mapping[str, Any] = {
     "dim": 16,
     "field_width": 128,
-    "consistency": 10.0,
+    "consistency": 100.0,
     "containment": 10.0,
     "temperature": 0.3,
     "floor": 0.3,

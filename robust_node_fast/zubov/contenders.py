@@ -9,6 +9,8 @@ They are our versions on our backbone, not their authors' networks. What each is
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,7 +19,7 @@ from robust_node_fast import data
 from robust_node_fast.zubov.lyapunov import ConvexLyapunov
 from robust_node_fast.zubov.network import DenseFlow, ZubovNet
 
-__all__ = ["METHODS", "FlowClassifier", "backbone", "bare_backbone", "spread_"]
+__all__ = ["METHODS", "FlowClassifier", "apart_", "backbone", "bare_backbone", "spread_"]
 
 METHODS = ("resnet", "node", "contractive-node", "lyanet", "zubov")
 
@@ -73,6 +75,28 @@ def backbone(name: str, image: tuple[int, int] | None, dim: int) -> nn.Module:
         nn.Flatten(),
         nn.Linear(32 * side * side, dim),
     )
+
+
+@torch.no_grad()
+def apart_(lyapunov: ConvexLyapunov) -> None:
+    """Equilibria as far from each other that no two regions can meet; they are learned from there on.
+
+    ``V_k >= eps |x - x*_k|^2``, so that a region lies within ``eps^(-1/2)`` of its equilibrium: twice that is enough.
+    All are as far apart, the corners of a regular simplex, where there are no more classes than corners; else they are
+    drawn, and the closest are.
+    """
+    count, dim = lyapunov.equilibria.shape
+    drawn = torch.randn(dim, count).to(lyapunov.equilibria)
+    distance = 2.0 * (1.0 + 1e-6) * lyapunov.eps**-0.5  # rounded, it must not be less
+    if count == 1:
+        return
+    if count <= dim + 1:
+        corners = torch.linalg.svd(torch.eye(count).to(drawn) - 1.0 / count).U[:, :-1]  # sqrt(2) apart
+        axes = torch.linalg.qr(drawn[:, :-1]).Q
+        lyapunov.equilibria.copy_(distance / math.sqrt(2.0) * corners @ axes.T)
+    else:
+        closest = torch.pdist(drawn.T).min()
+        lyapunov.equilibria.copy_(distance / closest * drawn.T)
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from robust_node_fast._version import __version__
 from robust_node_fast.robustness import auto_attack
 from robust_node_fast.training import CheckpointError, Outcome, Refused, RunError, TrainConfig, writing
 from robust_node_fast.training.checkpoint import digest_of_json, replace_file
+from robust_node_fast.training.config import BESIDE_ZUBOV, ZubovConfig
 from robust_node_fast.zubov import contenders, picture, planar
 from robust_node_fast.zubov.boundary import regions_that_meet
 from robust_node_fast.zubov.lyapunov import ConvexLyapunov
@@ -204,8 +205,14 @@ def read(cell: Cell, folder: Path) -> dict[str, Any] | None:
 
 def _has(cell: Cell, settings: dict[str, Any]) -> bool:
     """Whether these are the cell's settings; training settings that they do not know yet count as the defaults."""
-    known = {**settings, "train": TrainConfig(**settings["train"]).settings()}
-    return known == {**json.loads(json.dumps(cell.settings)), "train": cell.config.settings()}
+    train = TrainConfig(**settings["train"])
+    if train.model != "zubov":  # files of before have what concerns Lyapunov functions alone
+        shared = {name: getattr(train.zubov, name) for name in BESIDE_ZUBOV}
+        train = dataclasses.replace(train, zubov=ZubovConfig(**shared))
+    return {**settings, "train": train.settings()} == {
+        **json.loads(json.dumps(cell.settings)),
+        "train": cell.config.settings(),
+    }
 
 
 def compute(
