@@ -446,8 +446,9 @@ def test_image_cell_end_to_end(tmp_path: Path) -> None:
     assert found["autoattack"] == {"0.5": 0.0}
     assert found["margin"]["0.5"] <= 0.25
     for shares in found["regions"].values():
-        assert shares.keys() == {"inside_first", "inside_last", "falls", "stays", "arrives"}
+        assert shares.keys() == {"inside_first", "inside_last", "inside_others", "falls", "stays", "arrives"}
         assert 0.0 <= min(shares.values()) <= max(shares.values()) <= 1.0
+    assert 0.0 <= found["meeting"] <= 1.0
 
 
 def test_what_is_said_of_states_is_what_they_do() -> None:

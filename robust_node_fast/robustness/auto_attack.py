@@ -20,7 +20,7 @@ from robust_node_fast.robustness import _inputs
 
 __all__ = ["MISSING", "autoattack", "available", "refusal", "remarks"]
 
-MISSING = "AutoAttack was not run: pyautoattack, a release of its authors' code, is not installed"
+MISSING = "AutoAttack was not run: no release of its authors' code is installed (pip install pyautoattack)"
 FEWEST_CLASSES = 4  # the targeted loss compares the largest logit with the third and fourth
 SMALLEST_SIDE = 5  # Square divides by the side of a square of 0 pixels
 
