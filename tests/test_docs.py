@@ -30,6 +30,13 @@ def means(dataset: str, row: str) -> dict[tuple[str, float], float]:
     }
 
 
+def assert_says(page: str, *sentences: str) -> None:
+    """However its lines are broken."""
+    text = " ".join((ROOT / page).read_text().split())
+    for sentence in sentences:
+        assert sentence in text, sentence
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -87,8 +94,8 @@ def test_figures_of_the_readme_come_from_the_committed_results() -> None:
         [kept[row][test] - kept["default/none"][test] for row in ("authors/2", "authors/none")]
         for test in (("pgd", 0.02), ("salt_and_pepper", 0.2))
     )
-    text = " ".join((ROOT / "README.md").read_text().split())
-    for sentence in (
+    assert_says(
+        "README.md",
         f"its network keeps {attacked[0]:.1f} points more than a vanilla one initialised as PyTorch does",
         f"a vanilla one initialised like itself {attacked[1]:.1f}",
         f"noise of 0.2 it is {noisy[0]:.1f} and {noisy[1]:.1f}",
@@ -102,8 +109,7 @@ def test_figures_of_the_readme_come_from_the_committed_results() -> None:
         f"against eager | {plain / ours:.1f} | {old_plain / old_ours:.1f} |",
         f"training | {forward}, {attack}, {training} | {', '.join(old[:3])} |",
         f"`recompute=False` | {', '.join(wide)} | {', '.join(old[3:])} |",
-    ):
-        assert sentence in text, sentence
+    )
 
 
 def test_figures_of_the_page_on_certificates_come_from_the_committed_results() -> None:
@@ -111,7 +117,6 @@ def test_figures_of_the_page_on_certificates_come_from_the_committed_results() -
         forwards = {row["work"]: float(row["forwards"]) for row in csv.DictReader(file)}["certificate"]
 
     mnist, fashion = means("mnist", "certified"), means("fashionmnist", "certified")
-    text = " ".join((ROOT / "docs" / "certify.md").read_text().split())
     sentences = [f"takes {forwards:.1f} plain forward passes"]
     for found, eps in ((mnist, 0.1), (fashion, 0.05)):
         clean, attacked, held = (found[key] for key in (("clean", 0.0), ("pgd", eps), ("certified", eps)))
@@ -129,8 +134,7 @@ def test_figures_of_the_page_on_certificates_come_from_the_committed_results() -
     ]
     ours, theirs = (means("fashionmnist", row)["clean", 0.0] for row in ("certified", "grid/authors/2"))
     sentences.append(f"{ours:.1f}% instead of {theirs:.1f}% of the clean images")
-    for sentence in sentences:
-        assert sentence in text, sentence
+    assert_says("docs/certify.md", *sentences)
 
 
 def test_figures_of_the_page_on_cpu_kernels_come_from_the_committed_results() -> None:
@@ -158,14 +162,13 @@ def test_figures_of_the_page_on_cpu_kernels_come_from_the_committed_results() ->
     rounding = {row["algorithm"]: float(row["flow_max"]) for row in rows(results / "winograd_error.csv")}
     narrow = rounding["F(4x4) 0 1/sqrt2 sqrt2"]
     wide = min(error for name, error in rounding.items() if name.startswith("F(6x6)"))
-    text = " ".join((ROOT / "docs" / "kernels.md").read_text().split())
-    for sentence in (
+    assert_says(
+        "docs/kernels.md",
         f"{shape} {float(here['best_pytorch_over_this']):.1f} times as fast",
         f"{step['ncnn (convolution only)'] / step['robust_node_fast']:.2f} times as fast",
         f"ours had {float(intel['best_pytorch_over_this']):.2f} of its speed {old_shape}",
         f"it has {wide:.1f} times PyTorch's error over 16 steps, where F(4x4, 3x3) has {narrow:.1f}",
-    ):
-        assert sentence in text, sentence
+    )
 
 
 def test_figures_of_the_page_on_zubov_nets_come_from_the_committed_results() -> None:
@@ -180,12 +183,11 @@ def test_figures_of_the_page_on_zubov_nets_come_from_the_committed_results() -> 
     forward_mode = [times("value and derivative", k, "loop", "torch.func.jvp") for k in (10, 100)]
     rays, together = ([times("boundary", k, over) for k in (10, 100)] for over in ("loop", "loop over classes"))
     both = [times("both", k, "loop") for k in (10, 100)]
-    text = " ".join((ROOT / "docs" / "zubov.md").read_text().split())
-    for sentence in (
+    assert_says(
+        "docs/zubov.md",
         f"{derivative[0]:.1f} times faster with 10 classes, {derivative[1]:.1f} times with 100",
         f"`torch.func.jvp` of our functions {forward_mode[0]:.1f} and {forward_mode[1]:.1f} times",
         f"with bisection, {rays[0]:.0f} and {rays[1]:.0f} times",
         f"all rays of a class together {together[0]:.1f} and {together[1]:.1f} times",
         f"plain loops: {both[0]:.0f} and {both[1]:.0f} times",
-    ):
-        assert sentence in text, sentence
+    )

@@ -287,57 +287,54 @@ def test_threads_with_weights_of_their_own_that_change(channels: int) -> None:
     assert not wrong
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc to see the memory in use")
-def test_memory_is_bounded() -> None:
-    """240 weights of 4.5 MiB of packed filters, 1 GiB: at most 256 MiB of them stay, and little scratch memory."""
-    code = """
+def grown(flows: str) -> float:
+    """MiB that a fresh process holds more after all of ``flows`` than after the first."""
+    code = f"""
 import resource, torch
 from robust_node_fast import functional
-
-def flow(i):
-    weight = memory[16 * i : 16 * i + size].view(4, 64, 64, 3, 3)
-    functional.euler_conv_flow(input, weight, step_size=0.1).sum().backward()
 
 def resident():
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * resource.getpagesize()
 
 torch.set_num_threads(1)
-size = 4 * 64 * 64 * 9
-memory, input = torch.randn(size + 16 * 240) / 24, torch.randn(1, 64, 12, 12, requires_grad=True)
-flow(0)
+{flows}
+first, *others = calls
+flow(first)
 before = resident()
-for i in range(1, 240):
-    flow(i)
+for each in others:
+    flow(each)
 print((resident() - before) / 2**20)
 """
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=120)
-    grown = float(done.stdout)
-    assert 64 < grown < 256 + 32, f"{grown:.0f} MiB"
+    return float(done.stdout)
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc to see the memory in use")
+needs_proc = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc to see the memory in use")
+
+
+@needs_proc
+def test_memory_is_bounded() -> None:
+    """240 weights of 4.5 MiB of packed filters, 1 GiB: at most 256 MiB of them stay, and little scratch memory."""
+    found = grown("""
+calls, size = range(240), 4 * 64 * 64 * 9
+memory, input = torch.randn(size + 16 * 240) / 24, torch.randn(1, 64, 12, 12, requires_grad=True)
+
+def flow(i):
+    weight = memory[16 * i : 16 * i + size].view(4, 64, 64, 3, 3)
+    functional.euler_conv_flow(input, weight, step_size=0.1).sum().backward()
+""")
+    assert 64 < found < 256 + 32, f"{found:.0f} MiB"
+
+
+@needs_proc
 def test_memory_of_what_was_saved_is_bounded() -> None:
     """What 24 flows saved, 51 to 63 MiB each and no two alike, 1.3 GiB: at most 512 MiB stay."""
-    code = """
-import resource, torch
-from robust_node_fast import functional
+    found = grown("""
+calls, weight = [1, *range(102, 126)], torch.randn(8, 16, 16, 3, 3) / 12
 
 def flow(batch):
     input = torch.zeros(batch, 16, 32, 32, requires_grad=True)
     functional.euler_conv_flow(input, weight, step_size=0.1, recompute=False).sum().backward()
-
-def resident():
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()
-
-weight = torch.randn(8, 16, 16, 3, 3) / 12
-flow(1)
-before = resident()
-for batch in range(102, 126):
-    flow(batch)
-print((resident() - before) / 2**20)
-"""
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=120)
-    grown = float(done.stdout)
-    assert grown < 512 + 64, f"{grown:.0f} MiB"
+""")
+    assert found < 512 + 64, f"{found:.0f} MiB"

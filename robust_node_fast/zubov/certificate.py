@@ -86,7 +86,7 @@ def margin_radius(net: ZubovNet, x: Tensor, y: Tensor, *, p: str = "inf", batch_
 def _radius(net: ZubovNet, x: Tensor, y: Tensor, p: str, batch_size: int) -> Tensor:
     layers = [*_network.flattened(net.backbone), net.dynamics]
     bounds = [_bounds(layer) for layer in layers]
-    constant = math.prod(bound.of(p) for layer in bounds for bound in layer)
+    constant = lipschitz_constant(net, p)
     found = []
     for part, labels in zip(torch.split(x, batch_size), torch.split(y, batch_size), strict=True):
         state = part.to(torch.float64, copy=True)  # layers may work in place
