@@ -7,6 +7,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import random
 import shutil
 import signal
 import time
@@ -564,7 +565,8 @@ def made_up(cell: reproduce.Cell, accuracy: Callable[[str, float], float]) -> re
         for name, strength in sorted(tests)
     ]
     report = robustness.Report("standard", 10, tuple(results), (), {"torch": "2", "threads": 3})
-    return reproduce.CellResult("1", cell.settings, 1.5, 0.25, (0.5, 0.6, 0.7, 0.75, 0.8), 60.0, report)
+    curve = (random.Random(cell.name).random(), 0.6, 0.7, 0.75, 0.8)  # each network has its own
+    return reproduce.CellResult("1", cell.settings, 1.5, 0.25, curve, 60.0, report)
 
 
 def page_lines(text: str, start: str) -> list[list[str]]:
@@ -611,6 +613,9 @@ def test_start_and_penalty_are_told_apart() -> None:
     assert "included, on 3 threads. Medians, in seconds: training 60, clean 0," in text
     assert "Of 36 networks trained for 5 epochs: " in text
     assert "exceeds that after epoch 3 by +10.0 (+10.0 to +10.0) points; 0 were" in text
+
+    again = {**results, "full": results[cells[0].name]}  # a network in two rows
+    assert "Of 36 networks trained for 5 epochs: " in "\n".join(summary._cost(list(again.values())))
 
     part = {name: found for name, found in results.items() if "authors-none" not in name and "seed2" not in name}
     text = reproduce.markdown(cells, part)

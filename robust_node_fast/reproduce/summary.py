@@ -274,13 +274,13 @@ def _cost(found: Sequence[CellResult]) -> Iterator[str]:
     threads = " or ".join(map(str, sorted({cell.report.settings["threads"] for cell in found})))
     yield f"{total / 3600:.1f} hours by the clock for these cells, pauses of the process and other work on the machine"
     yield f"included, on {threads} threads. Medians, in seconds: {parts}."
-    for last in sorted({len(cell.accuracy_by_epoch) for cell in found if len(cell.accuracy_by_epoch) > 3}):
-        alike = [cell for cell in found if len(cell.accuracy_by_epoch) == last]
-        short = [100.0 * (cell.accuracy_by_epoch[-1] - cell.accuracy_by_epoch[2]) for cell in alike]
+    curves = {cell.accuracy_by_epoch for cell in found}  # rows may share a network
+    for last in sorted({len(curve) for curve in curves if len(curve) > 3}):
+        short = [100.0 * (curve[-1] - curve[2]) for curve in curves if len(curve) == last]
         within = sum(value <= 0.3 for value in short)
         yield ""
         yield (
-            f"Of {len(alike)} networks trained for {last} epochs: clean accuracy at the end exceeds that after epoch 3 "
+            f"Of {len(short)} networks trained for {last} epochs: clean accuracy at the end exceeds that after epoch 3 "
             f"by {_range(short)} points; {within} were within 0.3 points after epoch 3."
         )
 
