@@ -22,6 +22,7 @@ from torch import nn
 
 from robust_node_fast import _backends, data, robustness, training
 from robust_node_fast import reproduce as reproduction
+from robust_node_fast._version import __version__
 from robust_node_fast.certify import Summary, summarise
 from robust_node_fast.training import Outcome, TrainConfig, distributed, settings
 from robust_node_fast.training.checkpoint import replace_file
@@ -379,25 +380,25 @@ def evaluate(
             tempfile.TemporaryFile(dir=folder).close()  # before minutes of work rather than after them
         dataset = data.load(config.dataset, data_root or config.data_root)
         images, labels = dataset.test_images[:samples], dataset.test_labels[:samples]
-        unfinished = folder / "evaluation.safetensors"  # a killed evaluation goes on by the same command
-        with _progress(f"evaluate {config.title}", len(labels)) as update:
-            try:
-                report = robustness.evaluate(
-                    model,
-                    (images, labels),
-                    suite=suite,
-                    eps=eps,
-                    eps_l2=eps_l2 or None,
-                    seeds=range(seeds),
-                    sources=sources,
-                    certify=training.certificate(model),
-                    checkpoint=unfinished,
-                    on_batch=lambda done: update(done, ""),
-                )
-            except ValueError as error:
-                _fail(f"{folder} cannot be evaluated: {error}", 1)
         title = f"{config.dataset}, {config.title}"
-        with training.writing(folder):
+        unfinished = folder / "evaluation.safetensors"  # a killed evaluation goes on by the same command
+        with training.writing(folder), training.alone(folder):
+            with _progress(f"evaluate {config.title}", len(labels)) as update:
+                try:
+                    report = robustness.evaluate(
+                        model,
+                        (images, labels),
+                        suite=suite,
+                        eps=eps,
+                        eps_l2=eps_l2 or None,
+                        seeds=range(seeds),
+                        sources=sources,
+                        certify=training.certificate(model),
+                        checkpoint=unfinished,
+                        on_batch=lambda done: update(done, ""),
+                    )
+                except ValueError as error:
+                    _fail(f"{folder} cannot be evaluated: {error}", 1)
             for name, text in (
                 ("report.md", f"# {title}\n\n{report.to_markdown()}"),
                 ("report.json", report.to_json()),
@@ -578,7 +579,7 @@ def cifar(
         path.parent.mkdir(parents=True, exist_ok=True)  # before hours of work rather than after them
     results = _computed(cells, out_folder, data.load("cifar10", data_root))
     picture = path.with_suffix(".png")
-    with training.writing(path.parent):
+    with training.writing(path.parent), training.alone(path.parent, wait=True):
         replace_file(path, reproduction.cifar_markdown(cells, results, picture.name).encode())
         reproduction.cifar_picture(cells, results, picture)
     _say(f"wrote {path} and {picture}")
@@ -592,16 +593,18 @@ def _computed(
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()  # before minutes of work rather than after them
     unique = {cell.name: cell for cell in cells}
-    at_first = {name for name, cell in unique.items() if reproduction.path_of(cell, folder).exists()}
     loaded = {name: reproduction.load(cell, folder) for name, cell in unique.items()}
     results = {name: result for name, result in loaded.items() if result is not None}
     _say(f"{len(results)} of {len(unique)} cells are done")
     with _progress("reproduce", len(unique)) as update:
 
         def done(cell: reproduction.Cell) -> reproduction.CellResult | None:
-            """By another process; a file that was there at first is one that is to be computed again."""
-            found = cell.name not in at_first and reproduction.path_of(cell, folder).exists()
-            return reproduction.load(cell, folder) if found else None
+            """By another process; what is to be computed again may still be there."""
+            try:
+                found = reproduction.read(cell, folder)
+            except reproduction.CellError:
+                return None
+            return found if found is not None and found.version == __version__ else None
 
         def compute(cell: reproduction.Cell) -> reproduction.CellResult:
             try:
@@ -655,7 +658,8 @@ def summary(
 def _write_summary(cells: list[reproduction.Cell], results: dict[str, reproduction.CellResult], path: Path) -> None:
     with training.writing(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, reproduction.markdown(cells, results).encode())
+        with training.alone(path.parent, wait=True):  # of several processes with the same command
+            replace_file(path, reproduction.markdown(cells, results).encode())
     _say(f"wrote {path}, {len(results)} of {len({cell.name for cell in cells})} cells")
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["IMAGES", "NAMES", "PLANE", "DataError", "Dataset", "load", "num_classes", "points", "to_float"]
+__all__ = ["IMAGES", "NAMES", "PLANE", "DataError", "Dataset", "check", "load", "num_classes", "points", "to_float"]
 
 # Name -> (channels, image size).
 IMAGES = {
@@ -69,6 +69,38 @@ def to_float(images: Tensor) -> Tensor:
 def num_classes(name: str) -> int:
     """Of a data set of ``NAMES``."""
     return PLANE.get(name, 100 if name == "cifar100" else 10)
+
+
+def check(dataset: Dataset) -> None:
+    """Of a data set that did not come from ``load``.
+
+    Raises:
+        TypeError: labels are not int64, or images neither float32 nor, to train with, uint8.
+        ValueError: no images, more or fewer labels than images, a label that is no class, images out of [0, 1].
+    """
+    for which, images, labels in (
+        ("train", dataset.train_images, dataset.train_labels),
+        ("test", dataset.test_images, dataset.test_labels),
+    ):
+        if labels.dtype != torch.int64:
+            raise TypeError(f"{which}_labels are {labels.dtype}, expected int64")
+        if images.dtype != torch.float32 and not (which == "train" and images.dtype == torch.uint8):
+            raise TypeError(f"{which}_images are {images.dtype}, expected float32")
+        if not len(images):
+            raise ValueError(f"{which}_images is empty, expected at least one")
+        if labels.shape != images.shape[:1]:
+            raise ValueError(
+                f"{which}_images has {len(images)} and {which}_labels {tuple(labels.shape)}, expected (n,)"
+            )
+        lowest, highest = int(labels.min()), int(labels.max())
+        if lowest < 0 or highest >= num_classes(dataset.name):
+            raise ValueError(
+                f"{which}_labels has labels from {lowest} to {highest}, expected 0 to {num_classes(dataset.name) - 1}"
+            )
+        if dataset.name in IMAGES and images.dtype == torch.float32:
+            least, most = float(images.min()), float(images.max())
+            if not (least >= 0.0 and most <= 1.0):  # false for NaN as well
+                raise ValueError(f"{which}_images has values from {least} to {most}, expected [0, 1]")
 
 
 def load(name: str, data_root: str | Path | None = None) -> Dataset:

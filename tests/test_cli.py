@@ -19,7 +19,7 @@ from typer.testing import CliRunner, Result
 
 from robust_node_fast import _timing, backend_info, cli, training
 from robust_node_fast.robustness import suite, tally
-from robust_node_fast.training import checkpoint
+from robust_node_fast.training import checkpoint, locks
 
 RUN = ["--set", "n_steps=2", "--epochs", "1"]
 
@@ -175,7 +175,7 @@ def test_evaluate_writes_its_report(trained: Path) -> None:
         assert (trained / network / "report.png").read_bytes().startswith(b"\x89PNG")
         assert (trained / network / "report.html").read_text().startswith("<!DOCTYPE html>")
     assert result.stdout.count("held: eps 0 = clean") == 2
-    assert result.stdout.count("All 6 checks held.") + result.stdout.count("UNRELIABLE") == 2
+    assert result.stdout.count("All 7 checks held.") + result.stdout.count("UNRELIABLE") == 2
 
 
 def test_a_killed_evaluation_goes_on(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -377,6 +377,12 @@ def test_nan_weights(run: Path) -> None:
     tensors["fc1.bias"][0] = float("nan")
     checkpoint.save(run / "model.safetensors", tensors, state)
     assert_sentence(rnf("evaluate", run), "cannot be evaluated: model has values that are not finite in fc1.bias")
+
+
+@pytest.mark.skipif(locks.fcntl is None, reason="this system has no locks on folders")
+def test_two_evaluations_of_a_run_at_the_same_time(run: Path) -> None:
+    with training.alone(run):
+        assert_sentence(rnf("evaluate", run), f"{run} is in use: another process works there")
 
 
 def test_missing_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,6 +41,28 @@ def test_a_folder_is_held_until_its_holder_is_gone(tmp_path: Path) -> None:
         pass
 
 
+def _wait(folder: Path, pipe: Connection) -> None:
+    pipe.send("here")
+    with alone(folder, wait=True):
+        pipe.send("held")
+
+
+def test_one_that_waits_has_the_folder_next(tmp_path: Path) -> None:
+    ours, theirs = multiprocessing.Pipe()
+    waiting = multiprocessing.get_context("spawn").Process(target=_wait, args=(tmp_path, theirs))
+    try:
+        with alone(tmp_path):
+            waiting.start()
+            assert ours.poll(60)
+            assert ours.recv() == "here"
+            assert not ours.poll(0.3)
+        assert ours.poll(60)
+        assert ours.recv() == "held"
+    finally:
+        waiting.kill()
+        waiting.join()
+
+
 def test_an_error_gives_the_folder_back(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), alone(tmp_path):
         raise ZeroDivisionError

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import json
 import logging
 import math
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from robust_node_fast import data, models, robustness
 from robust_node_fast.robustness import attacks, auto_attack, suite, tally
-from robust_node_fast.robustness.evaluate import NOT_TRANSFERRED
+from robust_node_fast.robustness.evaluate import NO_BLACK_BOX_IN_L2, NOT_TRANSFERRED
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -400,7 +401,7 @@ def test_attacks_name_the_fault(attack: Callable[..., Tensor], trained: nn.Modul
         ((trained, images, labels, -0.1), r"eps=-0\.1 is negative, expected a radius >= 0"),
         ((trained, images, labels, math.inf), "eps=inf is not finite"),
         ((trained, images[:0], labels[:0], 0.1), "data is empty"),
-        ((trained, images, labels + 9, 0.1), "data has label 10, expected labels below the model's 10 classes"),
+        ((trained, images, labels + 9, 0.1), "data has label 10, expected labels below the 10 classes of model"),
         ((trained, images, labels - 1, 0.1), "data has label -1"),
         ((trained, images + 1, labels, 0.1), r"expected values in \[0, 1\]"),
         ((trained, images, labels[:1], 0.1), r"labels \(1,\), expected"),
@@ -583,11 +584,13 @@ def test_strength_costs_accuracy_and_the_checks_hold(report: robustness.Report) 
         ("iterative <= single step <= clean at l_inf eps 0.15", True),
         ("eps 0 = clean", True),
         ("accuracy near 0 at l_inf eps 1", True),
+        ("white box <= square at l_inf eps 0.15", True),
     ]
-    assert report.checks[-2].detail == "128 of 128 predictions under attack unchanged"
-    assert report.checks[-1].detail == "0 of the first 64 images survive"
+    assert report.checks[-3].detail == "128 of 128 predictions under attack unchanged"
+    assert report.checks[-2].detail == "0 of the first 64 images survive"
+    assert report.checks[-1].detail.endswith(" of 64 images fall to it and to no white-box attack")
     assert report.reliable
-    assert report.verdict == "All 4 checks held."
+    assert report.verdict == "All 5 checks held."
     with pytest.raises(KeyError, match="no result 'square'"):
         report.accuracy("square", 0.1)
 
@@ -615,9 +618,9 @@ def test_checks_can_fail() -> None:
     assert found.accuracy("clean") == 0.0
     assert found.accuracy("fgsm", 0.1) == 1.0
     assert found.accuracy("worst case", 0.1) == 0.0  # what is wrong already need not be attacked
-    assert [check.passed for check in found.checks] == [False, True, False]
+    assert [check.passed for check in found.checks] == [False, True, False, True]
     assert not found.reliable
-    assert "**UNRELIABLE: 2 of 3 checks failed (iterative <= single step <= clean at l_inf" in found.to_markdown()
+    assert "**UNRELIABLE: 2 of 4 checks failed (iterative <= single step <= clean at l_inf" in found.to_markdown()
     assert "| **NO** |" in found.to_markdown()
     assert json.loads(found.to_json())["reliable"] is False
 
@@ -647,6 +650,39 @@ class Decoy(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         decoy = self.decoy(input)
         return self.network(input).detach() + 1e-3 * (decoy - decoy.detach())
+
+
+@pytest.mark.parametrize("name", ["quick", "standard"])
+def test_suites_without_a_black_box_find_masked_gradients_as_well(name: str) -> None:
+    model = Decoy(balanced(36)).eval()
+    images = torch.rand(30, 1, 6, 6)
+    labels = model(images).argmax(1)
+    found = robustness.evaluate(model, (images, labels), suite=name, eps=(0.05, 0.1))
+    assert found.accuracy("worst case", 0.1) > 0.5
+    check = found.checks[-1]
+    assert (check.name, check.passed) == ("white box <= square at l_inf eps 0.1", False)
+    assert int(check.detail.split()[0]) > 10
+
+
+@pytest.mark.parametrize("hide", [torch.no_grad(), torch.inference_mode()], ids=["no_grad", "inference_mode"])
+def test_a_network_without_gradients_is_found_out(hide: Any) -> None:
+    """Attacks stand still instead of crashing."""
+    network = balanced(36)
+
+    class Quantised(nn.Module):
+        def forward(self, input: Tensor) -> Tensor:
+            with hide:
+                found = network(input)
+            return found.clone()
+
+    images = torch.rand(30, 1, 6, 6)
+    labels = network(images).argmax(1)
+    found = robustness.evaluate(Quantised().eval(), (images, labels), suite="quick", eps=0.1)
+    assert found.accuracy("fgsm", 0.1) == 1.0
+    failed = [check.name for check in found.checks if not check.passed]
+    assert failed == ["accuracy near 0 at l_inf eps 1", "white box <= square at l_inf eps 0.1"]
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"which torch.inference_mode\(\) forbids"):
+        robustness.fgsm(network, images.clone(), labels.clone(), 0.1)
 
 
 def test_autoattack_does_not_hide_that_gradients_are_masked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -697,12 +733,12 @@ def test_attacks_are_as_strong_where_a_network_is_sure_of_itself(
 
 def test_one_image_more_or_less_is_no_failed_check() -> None:
     """And 0.2% of many images are none either, but more than two of a few are."""
-    for images, broken, held in ((40, 2, True), (40, 3, False), (10000, 20, True), (10000, 21, False)):
-        *_, check = robustness.checks.order("l_inf eps 0.1", images, 1.0, 0.9, 0.8, {"square": broken})
-        assert check.passed == held
-    for images, share, held in ((40, 2 / 40, True), (40, 3 / 40, False), (10000, 0.002, True), (10000, 0.0021, False)):
-        (check,) = robustness.checks.order("l_inf eps 0.1", images, 1.0, 0.5, 0.5 + share, {})
-        assert check.passed == held
+    many = [(10000, 20)] + [(images, 2) for images in range(3, 1000)]  # as divisions they are rounded, either way
+    for images, allowed in many:
+        for more, held in ((0, True), (1, False)):
+            counts = (images, images - allowed - 1, images - 1 + more, {"square": allowed + more})
+            order, black = robustness.checks.order("l_inf eps 0.1", images, *counts)
+            assert (order.passed, black.passed) == (held, held), images
 
 
 def test_a_label_out_of_range_is_found_before_anything_is_attacked() -> None:
@@ -728,7 +764,7 @@ def test_full_suite_says_that_nothing_was_transferred(monkeypatch: pytest.Monkey
     assert with_other.notes == ()
 
 
-def test_what_autoattack_finds_fault_with_is_in_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_autoattack_finds_fault_with_is_in_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = balanced(36)
     images = torch.rand(6, 1, 6, 6)
     labels = model(images).argmax(1)
@@ -744,6 +780,17 @@ def test_what_autoattack_finds_fault_with_is_in_the_report(monkeypatch: pytest.M
     monkeypatch.setitem(suite.SUITES, "full", few)
     found = robustness.evaluate(model, (images, labels), suite="full", batch_size=2)
     assert found.notes.count("AutoAttack's own checks: there are zero gradients somewhere") == 1
+
+    monkeypatch.setattr(tally, "SAVE_SECONDS", 0.0)
+    options: dict[str, Any] = {"suite": "full", "batch_size": 2, "checkpoint": tmp_path / "evaluation.safetensors"}
+
+    def kill(done: int) -> None:
+        monkeypatch.setattr(auto_attack, "autoattack", lambda model, images, *_, **__: images.clone())  # no complaint
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        robustness.evaluate(model, (images, labels), on_batch=kill, **options)
+    assert robustness.evaluate(model, (images, labels), **options) == found
     assert not logging.getLogger("auto-attack").handlers
 
 
@@ -897,6 +944,26 @@ def test_an_evaluation_goes_on_where_it_was_killed(
         robustness.evaluate(trained, [pair], checkpoint=path, **options)
 
 
+def test_an_evaluation_does_not_go_on_with_another_certificate(
+    trained: nn.Module, digits: data.Dataset, tmp_path: Path
+) -> None:
+    def certificate(largest: int) -> Callable[..., Tensor]:
+        return lambda model, images, labels, eps: labels <= largest
+
+    def by_partial(largest: int, model: nn.Module, images: Tensor, labels: Tensor, eps: float) -> Tensor:
+        return labels <= largest
+
+    pair = (digits.test_images[:20], digits.test_labels[:20])
+    options: dict[str, Any] = {"suite": "quick", "checkpoint": tmp_path / "evaluation.safetensors"}
+    for certify in (certificate(9), certificate(1), functools.partial(by_partial, 1), functools.partial(by_partial, 9)):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*is of another evaluation")
+            found = robustness.evaluate(trained, pair, certify=certify, **options)
+        few = pair[1] <= 1
+        expected = certify(trained, *pair, 0.1)
+        assert found.accuracy("certified", 0.1) == int(expected.sum()) / 20 in (int(few.sum()) / 20, 1.0)
+
+
 def test_certificates_are_held_against_every_attack() -> None:
     model = balanced(16)
     images, labels = torch.rand(300, 1, 4, 4), torch.randint(2, (300,))
@@ -939,7 +1006,9 @@ def test_l2_has_results_and_checks_of_its_own(trained: nn.Module, digits: data.D
         "eps 0 = clean",
         "accuracy near 0 at l_inf eps 1",
         "accuracy near 0 at l_2 eps 8",
+        "white box <= square at l_inf eps 0.1",
     ]
+    assert found.notes == (NO_BLACK_BOX_IN_L2,)
     assert found.reliable
 
 
@@ -1041,6 +1110,11 @@ def test_attacks_of_the_first_images_only(attack_samples: int, trained: nn.Modul
         assert few.accuracy(name, 0.1) == alone.accuracy(name, 0.1)
     said = [note for note in few.notes if note.startswith("Attacks ran on")]
     assert said == ([] if attack_samples > 60 else [f"Attacks ran on the first {attack_samples} of 60 images."])
+    assert few.settings["attack_samples"] == attack_samples
+    if attack_samples < 60:  # what the accuracies under attack are to be compared with
+        assert few.accuracy("clean, attacked images") == alone.accuracy("clean")
+    else:
+        assert [result.name for result in few.results] == [result.name for result in whole.results]
 
 
 def test_report_formats(report: robustness.Report, trained: models.MNISTNode, tmp_path: Path) -> None:
@@ -1074,6 +1148,12 @@ def with_nan(model: nn.Module) -> nn.Module:
         ({"eps": math.nan}, "eps=nan is not finite"),
         ({"eps": ()}, "eps is empty"),
         ({"seeds": ()}, "seeds is empty"),
+        ({"seeds": (0, 1, 0)}, r"seeds=\[0, 1, 0\] names one twice"),
+        ({"attack_samples": 0}, "attack_samples=0 is too small"),
+        (
+            {"sources": {"other": models.MNISTNode(image_size=8, num_classes=2).eval()}},
+            "data has label [2-9], expected labels below the 2 classes of source 'other'",
+        ),
         ({"data": (torch.rand(0, 1, 8, 8), torch.zeros(0, dtype=torch.int64))}, "data is empty"),
         ({"data": []}, "data is empty"),
         ({"data": (torch.rand(2, 1, 8, 8), torch.tensor([0, 10]))}, "data has label 10, expected labels below .* 10"),
@@ -1091,6 +1171,8 @@ def test_errors_name_the_fault(change: dict[str, Any], message: str, trained: nn
     arguments = {"data": (digits.test_images[:4], digits.test_labels[:4]), **change}
     with pytest.raises(ValueError, match=message):
         robustness.evaluate(trained, arguments.pop("data"), **arguments)
+    with pytest.raises(TypeError, match=r"attack_samples=10\.5 is a float, expected an int"):
+        robustness.evaluate(trained, (digits.test_images[:4], digits.test_labels[:4]), attack_samples=10.5)
 
 
 def test_models_that_cannot_be_evaluated(trained: nn.Module, digits: data.Dataset) -> None:

@@ -541,6 +541,31 @@ def test_wrong_data_set(tmp_path: Path) -> None:
         training.fit(folder, DIGITS)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train_images": DIGITS.train_images[:0], "train_labels": DIGITS.train_labels[:0]}, "train_images is empty"),
+        ({"test_images": DIGITS.test_images[:0], "test_labels": DIGITS.test_labels[:0]}, "test_images is empty"),
+        ({"train_labels": DIGITS.train_labels + 1}, "train_labels has labels from 1 to 10, expected 0 to 9"),
+        ({"test_labels": DIGITS.test_labels - 1}, "test_labels has labels from -1 to 8, expected 0 to 9"),
+        ({"train_labels": DIGITS.train_labels[:100]}, r"train_images has 1437 and train_labels \(100,\), expected"),
+        ({"train_labels": DIGITS.train_labels.float()}, "train_labels are torch.float32, expected int64"),
+        (
+            {"train_images": DIGITS.train_images * 255},
+            r"train_images has values from 0\.0 to 255\.0, expected \[0, 1\]",
+        ),
+        ({"test_images": DIGITS.test_images * torch.nan}, "test_images has values from nan to nan"),
+        ({"test_images": DIGITS.test_images.double()}, "test_images are torch.float64, expected float32"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_broken_data_sets_are_refused(changes: dict[str, torch.Tensor], message: str, tmp_path: Path) -> None:
+    folder = start(tmp_path / "run", tiny())
+    with pytest.raises((TypeError, ValueError), match=message):
+        training.fit(folder, dataclasses.replace(DIGITS, **changes))
+    assert [path.name for path in folder.iterdir()] == ["config.json"]
+
+
 def test_unknown_device(tmp_path: Path) -> None:
     folder = start(tmp_path / "run", tiny(device="abacus"))
     with pytest.raises(training.RunError, match="device 'abacus' cannot be used"):

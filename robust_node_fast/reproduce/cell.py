@@ -130,6 +130,11 @@ def compute(cell: Cell, folder: Path, dataset: Dataset, *, on_progress: OnProgre
     """
     if cell.suite == "full" and not auto_attack.available():
         raise RunError(auto_attack.MISSING)
+    run = _run_folder(cell.config, folder)
+    with training.writing(run):
+        run.mkdir(parents=True, exist_ok=True)
+        with training.alone(run):  # before the partner is looked at, which costs a pass over the test set
+            pass
     partner = _trained(cell.partner, folder, dataset, lambda what: on_progress(f"{cell.label}: partner {what}"))
     own = _trained(cell.config, folder, dataset, lambda what: on_progress(f"{cell.label}: {what}"))
     unfinished = folder / "unfinished" / f"{cell.name}.safetensors"
@@ -168,7 +173,7 @@ def compute(cell: Cell, folder: Path, dataset: Dataset, *, on_progress: OnProgre
 
 def _trained(config: TrainConfig, folder: Path, dataset: Dataset, on_progress: OnProgress) -> Outcome:
     """The network's run, brought to its end: from its start, from its checkpoint, or there already."""
-    run = folder / "networks" / network_name(config)
+    run = _run_folder(config, folder)
     with training.writing(run):
         run.mkdir(parents=True, exist_ok=True)
         with training.alone(run):
@@ -186,6 +191,10 @@ def _trained(config: TrainConfig, folder: Path, dataset: Dataset, on_progress: O
         )
     except CheckpointError as error:
         raise CheckpointError(f"{error}; delete {run} to train this network again") from error
+
+
+def _run_folder(config: TrainConfig, folder: Path) -> Path:
+    return folder / "networks" / network_name(config)
 
 
 def _to_attack(run: Path) -> nn.Module:

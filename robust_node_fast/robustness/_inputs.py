@@ -20,11 +20,6 @@ def check_radius(name: str, value: object) -> None:
         raise ValueError(f"{name}={value!r} is negative, expected a radius >= 0")
 
 
-def check_count(name: str, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"{name}={value!r} is too small, expected at least 1")
-
-
 def check_model(model: nn.Module, name: str = "model") -> None:
     if any(module.training for module in model.modules()):
         raise ValueError(
@@ -55,17 +50,17 @@ def check_batch(images: object, labels: object) -> None:
         raise ValueError(f"data has label {int(labels.min())}, expected labels >= 0")
 
 
-def check_logits(logits: Tensor, labels: Tensor) -> None:
+def check_logits(logits: Tensor, labels: Tensor, name: str = "model") -> None:
     if logits.dim() != 2 or len(logits) != len(labels):
-        raise ValueError(f"model gives {tuple(logits.shape)} for {len(labels)} images, expected logits (B, K)")
-    check_classes(labels, logits.shape[1])
+        raise ValueError(f"{name} gives {tuple(logits.shape)} for {len(labels)} images, expected logits (B, K)")
+    check_classes(labels, logits.shape[1], name)
     if not bool(torch.isfinite(logits).all()):  # argmax would call a NaN the largest
-        raise ValueError("model gives logits that are not finite, expected finite logits on finite images")
+        raise ValueError(f"{name} gives logits that are not finite, expected finite logits on finite images")
 
 
-def check_classes(labels: Tensor, classes: int) -> None:
+def check_classes(labels: Tensor, classes: int, name: str = "model") -> None:
     if int(labels.max()) >= classes:
-        raise ValueError(f"data has label {int(labels.max())}, expected labels below the model's {classes} classes")
+        raise ValueError(f"data has label {int(labels.max())}, expected labels below the {classes} classes of {name}")
 
 
 @torch.no_grad()
@@ -83,6 +78,8 @@ def predict(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
 @contextmanager
 def attacked(model: nn.Module, images: Tensor, labels: Tensor) -> Iterator[None]:
     """Checks everything; no parameter requires a gradient inside, what did before does again afterwards."""
+    if torch.is_inference_mode_enabled():
+        raise ValueError("attacks need gradients, which torch.inference_mode() forbids: call them outside of it")
     check_model(model)
     check_batch(images, labels)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]

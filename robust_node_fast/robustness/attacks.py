@@ -104,8 +104,8 @@ def pgd(
     """
     _inputs.check_radius("eps", eps)
     _inputs.check_radius("step_size", step_size)
-    _inputs.check_count("n_steps", n_steps)
-    _inputs.check_count("n_restarts", n_restarts)
+    _checks.count("n_steps", n_steps)
+    _checks.count("n_restarts", n_restarts)
     _checks.choice("norm", norm, _inputs.NORMS)
     _checks.choice("loss", loss, tuple(LOSSES))
     if target is not None:
@@ -145,13 +145,18 @@ def pgd(
 
 
 def _gradient(model: nn.Module, images: Tensor, labels: Tensor, loss: str) -> tuple[Tensor, Tensor]:
-    """Of every image's loss to the image, ``(B, C, H, W)``, and the logits."""
+    """Of every image's loss to the image, ``(B, C, H, W)``, and the logits.
+
+    Zero where none arrives, as behind a rounding: attacks then stand still, and the checks of an evaluation fail.
+    """
     with torch.enable_grad():
         images = images.detach().requires_grad_()
         logits = model(images)
         _inputs.check_logits(logits, labels)
-        (gradient,) = torch.autograd.grad(LOSSES[loss](logits, labels).sum(), images)
-    return gradient, logits.detach()
+        gradient = None
+        if logits.requires_grad:
+            (gradient,) = torch.autograd.grad(LOSSES[loss](logits, labels).sum(), images, allow_unused=True)
+    return torch.zeros_like(images) if gradient is None else gradient, logits.detach()
 
 
 @torch.no_grad()

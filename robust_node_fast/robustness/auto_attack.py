@@ -30,9 +30,8 @@ def available() -> bool:
 
 
 @contextmanager
-def remarks() -> Iterator[list[str]]:
-    """What the authors' own checks find fault with inside, each once: that gradients vanish, say, or answers vary."""
-    found: list[str] = []
+def remarks(found: list[str]) -> Iterator[list[str]]:
+    """``found`` and what the authors' own checks find fault with inside, each once: that gradients vanish, say."""
 
     class Collector(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:

@@ -16,7 +16,6 @@ from robust_node_fast.robustness import auto_attack, checks
 from robust_node_fast.robustness._inputs import (
     check_batch,
     check_classes,
-    check_count,
     check_logits,
     check_model,
     check_radius,
@@ -30,6 +29,7 @@ from robust_node_fast.training.checkpoint import digest
 __all__ = ["evaluate"]
 
 NOT_TRANSFERRED = "No transfer attack was run: no other network was given to find attacks on."
+NO_BLACK_BOX_IN_L2 = "No attack without gradients was run in l_2: masked gradients were not looked for there."
 
 Batch = tuple[Tensor, Tensor]
 Certify = Callable[[nn.Module, Tensor, Tensor, float], Tensor]
@@ -102,10 +102,10 @@ class _Ball:
         return [*(tally for _, tally in self.attacks), *mine, *self.missed.values()]
 
     def checks(self, certify: Certify | None) -> Iterator[Check]:
-        (single,) = (tally.accuracy for attack, tally in self.attacks if attack.kind == "single step")
+        (single,) = (tally.correct[0] for attack, tally in self.attacks if attack.kind == "single step")
         black = {name: tally.correct[0] for name, tally in self.missed.items()}
         name, images = f"{BALLS[self.norm]} {self.eps:g}", self.clean.seen[0]
-        yield from checks.order(name, images, self.clean.accuracy, single, self.iterative.accuracy, black)
+        yield from checks.order(name, images, self.clean.correct[0], single, self.iterative.correct[0], black)
         if self.certified in self.lines(certify):
             (tried,), (held,) = self.certified_attacked.seen, self.certified_attacked.correct
             detail = f"{tried - held} of {tried} certified images fall to an attack"
@@ -168,8 +168,8 @@ def evaluate(
         TypeError, ValueError: ``model`` or a source is in training mode or has weights that are not finite; ``data`` is
             empty, its images and labels do not fit, are not finite or out of [0, 1], or a label is no class of the
             model; a radius is negative; ``seeds`` is empty; ``transfer_eps`` names another radius than ``eps``;
-            ``attack_samples`` or ``batch_size`` is less than 1; unknown ``suite``; logits are not finite;
-            ``checkpoint`` without a pair.
+            ``attack_samples`` or ``batch_size`` is no int of at least 1; ``seeds`` names one twice; unknown ``suite``;
+            logits are not finite; ``checkpoint`` without a pair.
         OSError: ``checkpoint`` cannot be written.
     """
     _checks.choice("suite", suite, tuple(SUITES))
@@ -182,17 +182,20 @@ def evaluate(
         raise ValueError("eps is empty, expected at least one radius")
     if not seeds:
         raise ValueError("seeds is empty, expected at least one seed")
-    check_count("batch_size", batch_size)
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds={list(seeds)} names one twice, expected different ones: the spread over them counts")
+    _checks.count("batch_size", batch_size)
     if attack_samples is not None:
-        check_count("attack_samples", attack_samples)
+        _checks.count("attack_samples", attack_samples)
     transfer_radii = radii["inf"] if transfer_eps is None else _radii("transfer_eps", transfer_eps)
     if not set(transfer_radii) <= set(radii["inf"]):
         raise ValueError(f"transfer_eps={list(transfer_eps or ())} names a radius that is not in eps={radii['inf']}")
     if _is_pair(data):  # now rather than at the batch that has it
         check_batch(*data)
-        logits = _first_logits(model, data[0])
-        check_logits(logits, data[1][:1].cpu())
-        check_classes(data[1], logits.shape[1])
+        for name, network in {"model": model, **{f"source {name!r}": net for name, net in sources.items()}}.items():
+            logits = _first_logits(network, data[0])
+            check_logits(logits, data[1][:1].cpu(), name)
+            check_classes(data[1], logits.shape[1], name)
     attacks = [attack for attack in chosen.attacks if radii[attack.norm]]
     shown = transferred(chosen, sources)
     notes = [NOT_TRANSFERRED] if suite == "full" and not sources else []
@@ -201,8 +204,11 @@ def evaluate(
         if reason:
             attacks.remove(attack)
             notes += [f"{reason}."] if f"{reason}." not in notes else []
+    if radii["2"] and not any(attack.kind == "AutoAttack" and attack.norm == "2" for attack in attacks):
+        notes.append(NO_BLACK_BOX_IN_L2)
 
     clean = Tally("clean", shown=True)
+    attacked = Tally("clean, attacked images")
     noises = [
         (noise, Tally(noise.name, by, noise.measure, tuple(seeds), shown=by == max(noise.strengths)))
         for noise in chosen.noises
@@ -220,21 +226,26 @@ def evaluate(
         for norm in BALLS
         for radius in radii[norm]
     ]
-    lines = [clean, *(tally for _, tally in noises), *(tally for ball in balls for tally in ball.lines(certify))]
     device = _device_of(model)
     progress, done = None, 0
     if checkpoint is not None:
         networks = {"model": model, **{f"source {name}": source for name, source in sources.items()}}
         names = [attack.name for attack in every]  # AutoAttack may have been installed in between
-        certificate = certify and f"{certify.__module__}.{certify.__qualname__}"
-        counted = [clean, *(tally for _, tally in noises), *(tally for ball in balls for tally in ball.tallies())]
+        certificate: str = getattr(certify, "__qualname__", type(certify).__qualname__)
+        counted = [
+            clean,
+            attacked,
+            *(tally for _, tally in noises),
+            *(tally for ball in balls for tally in ball.tallies()),
+        ]
         lines_of = [(tally.name, tally.strength, tally.settings) for tally in counted]
         run = (suite, names, radii, transfer_radii, tuple(seeds), certificate, attack_samples, batch_size, lines_of)
-        progress = Progress(checkpoint, counted, _digest((__version__, torch.__version__, *run), networks, data))
+        evaluation = _digest((__version__, torch.__version__, *run), networks, data, certify, radii["inf"])
+        progress = Progress(checkpoint, counted, evaluation)
         done = progress.restore()
     probe: list[Batch] = []
     n_samples = 0
-    with auto_attack.remarks() as remarks:
+    with auto_attack.remarks(progress.remarks if progress else []) as remarks:
         for batch in _batches(data, batch_size):
             images, labels = (tensor.to(device) for tensor in batch)
             if n_samples < checks.PROBE:
@@ -245,12 +256,13 @@ def evaluate(
             with clean.timed():
                 predicted = predict(model, images, labels)
             unharmed = clean.classified(images, labels, predicted)
+            few = slice(None if attack_samples is None else max(0, attack_samples - n_samples + len(labels)))
+            attacked.count(unharmed[few])
             for noise, tally in noises:
                 for k, generator in enumerate(tally.generators):
                     with tally.timed():
                         noisy = noise.apply(images, tally.strength, generator)
                         tally.classified(noisy, labels, predict(model, noisy, labels), k)
-            few = slice(None if attack_samples is None else max(0, attack_samples - n_samples + len(labels)))
             found = {(attack.norm, attack.name): (images[few].clone(), predicted[few].clone()) for attack in every}
             certified = torch.ones_like(unharmed)
             for ball in balls:
@@ -273,6 +285,8 @@ def evaluate(
     held = [check for ball in balls for check in ball.checks(certify)]
     held.append(checks.at_zero(model, ours, first_images, first_labels))
     held += checks.at_large_radius(model, ours, first_images, first_labels)
+    if not any(attack.name == "square" for attack in ours):
+        held.append(checks.black_box(model, attacks, first_images, first_labels, max(radii["inf"])))
     notes += [f"AutoAttack's own checks: {remark}" for remark in remarks]
     if attack_samples is not None and attack_samples < n_samples:
         notes.append(f"Attacks ran on the first {attack_samples} of {n_samples} images.")
@@ -282,12 +296,16 @@ def evaluate(
         "seeds": list(seeds),
         "sources": list(sources),
         "transfer_eps": transfer_radii if sources else [],
+        "attack_samples": attack_samples,
+        "batch_size": batch_size if _is_pair(data) else None,
         "device": str(device),
         "machine": machine(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "robust_node_fast": __version__,
     }
+    lines = [clean, *([attacked] if attacked.seen[0] < n_samples else []), *(tally for _, tally in noises)]
+    lines += [tally for ball in balls for tally in ball.lines(certify)]
     return Report(
         suite,
         n_samples,
@@ -333,7 +351,13 @@ def _certified(
     return certified
 
 
-def _digest(settings: Sequence[object], networks: Mapping[str, nn.Module], data: Batch | Iterable[Batch]) -> str:
+def _digest(
+    settings: Sequence[object],
+    networks: Mapping[str, nn.Module],
+    data: Batch | Iterable[Batch],
+    certify: Certify | None,
+    radii: Sequence[float],
+) -> str:
     """Of all that decides the results of an evaluation."""
     if not _is_pair(data):
         raise ValueError(
@@ -346,6 +370,12 @@ def _digest(settings: Sequence[object], networks: Mapping[str, nn.Module], data:
     with torch.no_grad():  # a module's plain attributes decide as well, and show in its logits alone
         for name, network in networks.items():
             tensors[f"{name}, logits"] = network(images[:8].to(_device_of(network)))
+    if certify is not None:  # its name alone does not tell two closures of one function apart
+        model = networks["model"]
+        few = images[:8].to(_device_of(model)), labels[:8].to(_device_of(model))
+        for eps in radii:
+            candidates = torch.ones_like(few[1], dtype=torch.bool)
+            tensors[f"certified, {eps}"] = _certified(certify, model, *few, eps, candidates)
     return digest({**tensors, "images": images, "labels": labels}, repr([*settings, networks]))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from robust_node_fast import _checks
 from robust_node_fast.robustness import _inputs
 from robust_node_fast.robustness.attacks import margin
 
@@ -38,7 +39,7 @@ def square(
         TypeError, ValueError: as ``attacks.fgsm``, and for ``n_queries``.
     """
     _inputs.check_radius("eps", eps)
-    _inputs.check_count("n_queries", n_queries)
+    _checks.count("n_queries", n_queries)
     with _inputs.attacked(model, images, labels):
         return _search(model, images, labels, eps, n_queries, generator)
 

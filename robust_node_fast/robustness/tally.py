@@ -86,6 +86,7 @@ class Progress:
     def __init__(self, path: Path, tallies: Sequence[Tally], evaluation: str) -> None:
         self._path, self._tallies, self._evaluation = path, tallies, evaluation
         self._saved = time.monotonic()
+        self.remarks: list[str] = []  # what AutoAttack's own checks found
 
     def restore(self) -> int:
         """Set the tallies to what the file says; the number of images it covers, 0 without a file that can be used."""
@@ -106,6 +107,7 @@ class Progress:
             if content["example"] is not None:
                 test, labels, predicted = content["example"]
                 tally.example = Example(test, tensors[f"{number}.images"], tuple(labels), tuple(predicted))
+        self.remarks[:] = state["remarks"]
         return int(state["images"])
 
     def save(self, images: int, *, now: bool = False) -> None:
@@ -124,5 +126,6 @@ class Progress:
             contents.append(
                 {"correct": tally.correct, "seen": tally.seen, "seconds": tally.seconds, "example": example}
             )
-        checkpoint.save(self._path, tensors, {"evaluation": self._evaluation, "images": images, "tallies": contents})
+        state = {"evaluation": self._evaluation, "images": images, "tallies": contents, "remarks": self.remarks}
+        checkpoint.save(self._path, tensors, state)
         self._saved = time.monotonic()

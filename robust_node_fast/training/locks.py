@@ -26,13 +26,13 @@ Found = TypeVar("Found")
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """Hold a folder; given back when the process ends, however that comes about. Nothing is written.
 
     Where the system has no locks on folders, nothing is held.
 
     Raises:
-        InUse: another holder has it.
+        InUse: another holder has it, and this one is not to ``wait``.
     """
     if fcntl is None:
         yield
@@ -40,7 +40,7 @@ def alone(folder: Path) -> Iterator[None]:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise InUse(f"{folder} is in use: another process works there") from None
         except OSError:  # some network file systems

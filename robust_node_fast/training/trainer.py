@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from robust_node_fast import _backends
+from robust_node_fast import _backends, data
 from robust_node_fast.data import Dataset, to_float
 from robust_node_fast.training import augment, checkpoint, distributed, networks, sharding
 from robust_node_fast.training import folder as run_folder
@@ -103,11 +103,12 @@ def fit(folder: Path, dataset: Dataset, *, on_step: OnStep | None = None, tensor
         Refused: loss or gradient are not finite, or a guard of the objective refuses to go on.
         CheckpointError: the checkpoint is corrupted or belongs to another configuration.
         Interrupted: see above.
-        ValueError: ``dataset`` is another one.
+        TypeError, ValueError: ``dataset`` is another one, or as ``data.check``.
     """
     config = run_folder.load_config(folder)
     if dataset.name != config.dataset:
         raise ValueError(f"dataset.name={dataset.name!r} does not fit the run, expected {config.dataset!r}")
+    data.check(dataset)
     check_device(config.device)
     with distributed.collectives(), run_folder.writing(folder), contextlib.ExitStack() as stack:
         if distributed.rank() == 0:
