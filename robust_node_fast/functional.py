@@ -110,8 +110,9 @@ def euler_conv_flow(
         n_steps: number of steps for shared weights; must be left out otherwise.
         return_trajectory: return all states ``(N + 1, B, C, H, W)``, the input first, instead of the last one.
         recompute: if false, save each step's slopes ``(N, B, C, H, W)`` for backward, and its states too when
-            ``weight`` requires a gradient: the same gradients for more memory, sooner or later by
-            batch and channels. By default true for more than one step. A trajectory is always recomputed.
+            ``weight`` requires a gradient: the same gradients (in bfloat16 but for rounding) for more memory; faster
+            with many channels and a small batch, slower otherwise. By default true for more than one step. A
+            trajectory is always recomputed.
 
     Returns:
         ``(B, C, H, W)`` or the trajectory.

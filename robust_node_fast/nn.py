@@ -53,8 +53,8 @@ class EulerConvFlow(nn.Module):
         bias: learn ``bias``.
         negative_slope: of the activation.
         shared_weights: one filter bank for all steps instead of one per step.
-        recompute: what backward needs is computed again, or saved in memory that grows with N: faster or slower, by
-            batch and channels. The default computes it again if N > 1.
+        recompute: as in ``functional.euler_conv_flow``: true saves memory, false may save time. The default is true if
+            N > 1.
         device, dtype: of the parameters.
 
     Attributes:
@@ -252,7 +252,7 @@ def center_bias_(bias: Tensor, negative_slope: float = 0.1) -> Tensor:
 
 @torch.no_grad()
 def contractive_init_(flow: EulerConvFlow, rate: float, norm: str = "2") -> EulerConvFlow:
-    """Filters ``-rate / (2 a)`` at the centre tap of ``d = d``, zero elsewhere: the condition with equality.
+    """Filters ``-rate / (2 a)`` at the centre tap from each channel to itself, else zero: the condition with equality.
 
     All four norms agree on it: without off-centre weights each reads ``rate + 2 a m <= 0``. Biases stay as they are.
 

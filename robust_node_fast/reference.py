@@ -102,7 +102,7 @@ def filter_sums(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _hinge_argument(weight: Tensor, rate: float, slope: tuple[float, float], norm: str) -> Tensor:
-    """The table of contraction.md, section 2; at most 0 for every channel gives the guarantee of that norm."""
+    """At most 0 for every channel: the condition of that norm, see ``functional.contraction_penalty``."""
     a, b = slope
     m, r, q = filter_sums(weight)
     if norm == "2":
@@ -144,7 +144,7 @@ def contraction_rate(weight: Tensor, *, slope: tuple[float, float] = (0.1, 1.0),
 def euler_lipschitz_bound(
     weight: Tensor, *, step_size: float, slope: tuple[float, float] = (0.1, 1.0), p: str = "inf"
 ) -> Tensor:
-    """Bounds A (``p="inf"``), B (``"1"``) and C (``"2"``) of one Euler step, contraction.md section 4."""
+    """Bounds A (``p="inf"``), B (``"1"``) and C (``"2"``) of a step, see ``functional.euler_lipschitz_bound``."""
     m, r, q = filter_sums(weight)
     h = step_size
 

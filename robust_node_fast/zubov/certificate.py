@@ -4,7 +4,7 @@ Backbone and flow move the last state by at most ``L_phi r`` when the input move
 and the same kind of bound for a ``DenseFlow``). Within a ball of radius ``rho`` around ``x(T)`` the gradient of
 ``V_j - V_y`` lies in a box, so that its dual norm is at most some ``L_jy(rho)``. If ``L_phi r <= rho`` and
 ``L_jy(rho) L_phi r < V_j - V_y`` for all j, the prediction stays. ``rho`` is found by bisection: every rho gives a
-valid radius. The margin of the specification, ``(min_j V_j - V_y) / (2 L L_phi)``, is this with ``2 L`` in the place of
+valid radius. The simple margin, ``(min_j V_j - V_y) / (2 L L_phi)``, is this with ``2 L`` in the place of
 ``L_jy``; in a small ball ``L_jy`` is the length of the margin's own gradient, at most ``L_j + L_y``.
 
 The box: ``B_l (x - x*)`` moves by at most ``rho ||B_row||_q``, and attention, not negative, carries intervals; softplus
