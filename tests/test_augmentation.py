@@ -10,11 +10,11 @@ from torchvision.transforms.v2 import functional as TF
 from robust_node_fast.training.augment import PADDING, augment, draw
 
 
-def by_torchvision(image: Tensor, numbers: list[float], cutout: bool) -> Tensor:
+def by_torchvision(image: Tensor, numbers: list[float], flip: bool, cutout: bool) -> Tensor:
     size = image.shape[-1]
     top, left = (int(9 * number) for number in numbers[:2])
     image = TF.crop(TF.pad(image, [PADDING] * 4), top, left, size, size)
-    if numbers[2] >= 0.5:
+    if flip and numbers[2] >= 0.5:
         image = TF.horizontal_flip(image)
     if cutout:
         first = [int(size * number) - size // 2 // 2 for number in numbers[3:]]
@@ -23,16 +23,16 @@ def by_torchvision(image: Tensor, numbers: list[float], cutout: bool) -> Tensor:
     return image
 
 
-@pytest.mark.parametrize("cutout", [False, True])
+@pytest.mark.parametrize(("flip", "cutout"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize(("channels", "size"), [(3, 32), (1, 8), (2, 5)])
-def test_equals_torchvision_one_by_one(cutout: bool, channels: int, size: int) -> None:
+def test_equals_torchvision_one_by_one(flip: bool, cutout: bool, channels: int, size: int) -> None:
     images, draws = torch.randint(1, 256, (200, channels, size, size), dtype=torch.uint8), draw(200, seed=3, epoch=1)
     pairs = zip(images, draws.tolist(), strict=True)
-    expected = torch.stack([by_torchvision(image, numbers, cutout) for image, numbers in pairs])
-    found = augment(images, draws, cutout=cutout)
+    expected = torch.stack([by_torchvision(image, numbers, flip, cutout) for image, numbers in pairs])
+    found = augment(images, draws, flip=flip, cutout=cutout)
     assert found.dtype == torch.uint8
     assert torch.equal(found, expected)
-    assert torch.equal(augment(images.float(), draws, cutout=cutout), expected.float())
+    assert torch.equal(augment(images.float(), draws, flip=flip, cutout=cutout), expected.float())
 
 
 def test_an_image_fares_alike_in_every_batch() -> None:

@@ -22,6 +22,7 @@ from torch.func import functional_call
 import robust_node_fast as rnf
 from robust_node_fast import zubov
 from robust_node_fast.zubov import softplus
+from robust_node_fast.zubov.boundary import facing_offsets
 
 ROOT = Path(__file__).resolve().parent.parent
 BOTH = pytest.mark.parametrize("partial", [False, True], ids=["convex", "partial"])
@@ -412,7 +413,8 @@ def test_the_exact_system_satisfies_the_equation() -> None:
     labels = torch.randint(2, (6,))
     found = losses(lyapunov, exact_field, trajectory, labels, rate=2.0, classification=0.0, separation=0.0)
     assert found["consistency"] <= 1e-20 * (1 + trajectory.square().sum(-1).max() ** 4)
-    wrong = losses(lyapunov, lambda x: 1.1 * exact_field(x), trajectory, labels, rate=2.0)
+    without = {"classification": 0.0, "separation": 0.0}  # the two functions are the same
+    wrong = losses(lyapunov, lambda x: 1.1 * exact_field(x), trajectory, labels, rate=2.0, **without)
     assert wrong["consistency"] > 1e-3
 
 
@@ -430,6 +432,18 @@ def test_closed_form_of_the_decay() -> None:
 
 
 LOSSES = ("consistency", "classification", "separation", "containment", "exclusion")
+
+
+@torch.no_grad()
+def facing_value(lyapunov: zubov.ConvexLyapunov, i: int, j: int) -> Tensor:
+    """``V_j`` where the boundary of region i meets the ray to ``x*_j``, by bisection."""
+    start, direction = lyapunov.equilibria[i], lyapunov.equilibria[j] - lyapunov.equilibria[i]
+    low, high = 0.0, 1e3
+    for _ in range(100):
+        middle = 0.5 * (low + high)
+        inside = float(zubov.reference.class_value(lyapunov, i, (start + middle * direction)[None])) < 1.0
+        low, high = (middle, high) if inside else (low, middle)
+    return zubov.reference.class_value(lyapunov, j, (start + low * direction)[None])[0]
 
 
 @BOTH
@@ -468,7 +482,9 @@ def test_losses_against_the_formulas(partial: bool) -> None:
         for j in range(4)
         if i != j
     ]
-    assert_close(found["separation"].detach(), torch.stack(others).mean().detach(), 1e-9)
+    towards = torch.stack([facing_value(lyapunov, i, j) for i in range(4) for j in range(4) if i != j])
+    expected = torch.stack(others).mean() + (1.2 - towards).relu().mean()
+    assert_close(found["separation"].detach(), expected.detach(), 1e-9)
     weighted = losses(lyapunov, net.fields, trajectory, labels, consistency=2.0, separation=0.5, **options)
     assert_close(weighted["consistency"], 2 * found["consistency"], 1e-14)
     assert_close(weighted["separation"], 0.5 * found["separation"], 1e-14)
@@ -523,11 +539,15 @@ def test_what_has_weight_zero_is_not_computed() -> None:
     def field(x: Tensor) -> Tensor:
         raise AssertionError("computed")
 
-    found = losses(lyapunov, field, trajectory, labels, consistency=0.0, separation=0.0)
-    assert found["consistency"] == found["separation"] == 0.0
-    assert found["classification"] > 0
+    nothing = dict.fromkeys(LOSSES, 0.0)
+    assert losses(lyapunov, field, trajectory, labels, **nothing) == nothing
+    for name in ("containment", "exclusion"):
+        found = losses(lyapunov, field, trajectory, labels, **{**nothing, name: 1.0})
+        assert {key: float(value) for key, value in found.items() if key != name} == {
+            key: 0.0 for key in LOSSES if key != name
+        }
     with pytest.raises(ValueError, match="V stays below level"):
-        losses(lyapunov, field, trajectory, labels, consistency=0.0)
+        losses(lyapunov, field, trajectory, labels, **{**nothing, "separation": 1.0})
 
 
 def test_separation_sees_a_nested_region_from_one_side_only() -> None:
@@ -551,7 +571,38 @@ def test_separation_sees_a_nested_region_from_one_side_only() -> None:
         boundary = zubov.sample_boundary(swapped, 50, generator=torch.Generator().manual_seed(0))
         seen = (1.0 - swapped(boundary[inner])[:, 1 - inner]).mean()
         assert seen > 0.1
-        assert_close(found.detach(), 0.5 * seen.detach(), 1e-12)  # the other half of the mean is zero
+        # Equilibria in one place are no direction: any will do to look in.
+        with torch.no_grad():
+            coefficients = swapped.coefficients()
+            facing = facing_offsets(swapped, coefficients, torch.tensor([[1], [0]]), 1.0)
+            seen = seen + (1.0 - swapped.values(coefficients, facing.flip(0))).relu().sum()
+        assert_close(found.detach(), 0.5 * seen.detach(), 1e-12)  # the other half of the means is zero
+
+
+def test_separation_looks_towards_so_many_others_as_there_are_rays() -> None:
+    lyapunov = functions(eps=0.2)
+    pairs = {(i, j): float((2.0 - facing_value(lyapunov, i, j)).relu()) for i in range(4) for j in range(4) if i != j}
+    found = []
+    for seed in range(12):
+        trajectory, labels = batch()
+        options = {"consistency": 0.0, "classification": 0.0, "margin": 1.0, "n_rays": 1}
+        generator = torch.Generator().manual_seed(seed)
+        loss = zubov.zubov_losses(lyapunov, torch.tanh, trajectory[:2], labels, **options, generator=generator)
+        generator.manual_seed(seed)
+        boundary = zubov.sample_boundary(lyapunov, 1, generator=generator)[:, 0]
+        values = (2.0 - lyapunov(boundary)).relu().fill_diagonal_(0.0)
+        found.append(float((loss["separation"] - values.sum() / 12).detach()))
+    expected = [sum(pairs[i, (i + shift) % 4] for i in range(4)) / 4 for shift in (1, 2, 3)]
+    assert {min(range(3), key=lambda n: abs(one - expected[n])) for one in found} == {0, 1, 2}
+    assert all(min(abs(one - other) for other in expected) < 1e-9 for one in found)
+
+
+def test_a_second_derivative_through_the_boundary_is_an_error() -> None:
+    lyapunov = functions()
+    points = zubov.sample_boundary(lyapunov, 3)
+    (first,) = torch.autograd.grad(points.square().sum(), lyapunov.log_scale, create_graph=True)
+    with pytest.raises(RuntimeError, match="are differentiable once, not twice"):
+        torch.autograd.grad(first.sum(), lyapunov.log_scale)
 
 
 def test_every_parameter_of_one_layer_gets_a_gradient() -> None:
@@ -601,6 +652,17 @@ def test_regions_that_meet_share_a_point_of_the_segment() -> None:
     assert not meeting.all()
 
 
+def test_functions_that_are_all_the_same_have_collapsed() -> None:
+    """Their cross-entropy is log K for good, whatever the states do."""
+    one = functions(k=1, equilibria=torch.zeros(1, 3))
+    same = functions(equilibria=torch.zeros(4, 3))
+    state = {key: value.expand_as(same.state_dict()[key]) for key, value in one.state_dict().items()}
+    same.load_state_dict(state)
+    trajectory, labels = batch()
+    with pytest.raises(ValueError, match="or for all classes: backbone, flow or Lyapunov functions have collapsed"):
+        losses(same, torch.tanh, trajectory, labels)
+
+
 def test_missing_classes_and_empty_batches_are_finite() -> None:
     lyapunov = functions()
     for size in (5, 1, 0):
@@ -647,8 +709,19 @@ def test_bad_input_of_the_losses() -> None:
         (ValueError, "n_rays=0 is too small", {"n_rays": 0}),
         (
             ValueError,
-            "have collapsed to a constant",
+            "the logits are the same for all states of the batch, whose labels differ, or for all classes",
             {"trajectory": trajectory[:, :1].expand(-1, 5, -1), "labels": torch.arange(5) % 4},
+        ),
+        (ValueError, "the logits are the same", {"temperature": 1e6}),
+        (ValueError, "V is not finite at a state", {"trajectory": 1e200 * trajectory, "consistency": 0.0}),
+        (
+            ValueError,
+            "V is not finite at a state",
+            {
+                "trajectory": 1e200 * trajectory,
+                **dict.fromkeys(("consistency", "classification", "separation"), 0.0),
+                "containment": 1.0,
+            },
         ),
     ):
         with pytest.raises(error, match=match):
@@ -723,6 +796,21 @@ def test_network(kind: str, shared: bool) -> None:
     clone = copy.deepcopy(net)
     clone.load_state_dict(net.state_dict())
     assert torch.equal(clone(x), net(x))
+
+
+def test_states_of_another_shape_are_refused() -> None:
+    """Laid out as squares they would be those of another system."""
+    net = conv_net(shared=False)
+    backbone = nn.Conv2d(1, 2, 3, padding=1)
+    wide = zubov.ZubovNet(backbone, net.dynamics, net.lyapunov)
+    assert wide.trajectory(torch.rand(2, 1, 4, 4)).shape == (4, 2, 32)
+    with pytest.raises(ValueError, match=r"backbone gives \(2, 2, 2, 8\), expected square states"):
+        wide.trajectory(torch.rand(2, 1, 2, 8))
+    with pytest.raises(ValueError, match=r"states has shape \(2, 5, 32\), expected \(3, M, 32\): a row for each step"):
+        net.vector_field(torch.rand(2, 5, 32))
+    states = torch.rand(5, 32)
+    assert torch.equal(net.field_at(0.0, states), net.vector_field(states.expand(3, 5, 32))[0])
+    assert torch.equal(net.field_at(99.0, states), net.vector_field(states.expand(3, 5, 32))[2])
 
 
 def worst_margin(net: zubov.ZubovNet, x: Tensor, y: Tensor, radius: Tensor, p: str) -> Tensor:

@@ -18,11 +18,12 @@ from typer.testing import CliRunner
 
 from robust_node_fast import cli, data, robustness, training, zubov
 from robust_node_fast.certify import linf_certified
+from robust_node_fast.nn import EulerConvFlow
 from robust_node_fast.robustness import auto_attack
 from robust_node_fast.training import TrainConfig
 from robust_node_fast.training.checkpoint import digest_of_json
 from robust_node_fast.training.objective import objective_of
-from robust_node_fast.zubov import contenders, experiments, page, planar
+from robust_node_fast.zubov import contenders, experiments, losses, page, planar
 from robust_node_fast.zubov.attraction import attracted_to, overlap, plane
 
 DIGITS = data.load("digits")
@@ -139,17 +140,21 @@ def test_reach_and_floor_of_the_consistency_loss() -> None:
             consistency(circle_field, **{name: -1.0})
 
 
-def test_a_guard_of_the_objective_stops_the_run(tmp_path: Path) -> None:
-    """Weight decay shrinks the backbone until all points have the same state: without the guard training would go on
-    with equal logits for all of them. The same run without decay learns."""
-    for decay in (10.0, 0.0):
-        config = TrainConfig.recipe("moons", **{**experiments.COLLAPSING, "weight_decay": decay})
-        folder = start(tmp_path / str(decay), config)
-        if decay:
-            with pytest.raises(training.Refused, match=r"^step \d+: V is the same for all states"):
-                training.fit(folder, data.load("moons"))
-        else:
-            assert training.fit(folder, data.load("moons")).accuracy > 0.8
+def test_a_guard_of_the_objective_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weight decay shrinks the backbone until all points have the same state. The same run without decay learns;
+    without the guard, the first one goes on with equal logits for all points."""
+
+    def fit(name: str, **changes: Any) -> training.Outcome:
+        config = TrainConfig.recipe("moons", **{**experiments.COLLAPSING, **changes})
+        return training.fit(start(tmp_path / name, config), data.load("moons"))
+
+    with pytest.raises(training.Refused, match=r"^step \d+: the logits are the same for all states"):
+        fit("guarded")
+    assert fit("sound", weight_decay=0.0).accuracy > 0.8
+    monkeypatch.setattr(losses, "_check_collapse", lambda *_: None)
+    found = fit("unguarded", steps=100)
+    assert found.accuracy == pytest.approx(0.5, abs=0.01)
+    assert training.last_step(found.folder)["classification"] == pytest.approx(math.log(2.0), abs=1e-3)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -351,7 +356,7 @@ def test_reproduce_in_portions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             assert experiments.read(experiments.cells(only=["plane/blob"], steps=2)[0], out) is None
     first.write_bytes(before)
     monkeypatch.setattr(experiments, "PROTOCOL", 99)
-    with pytest.warns(UserWarning, match="is of protocol 2, this is 99: this cell is computed again"):
+    with pytest.warns(UserWarning, match="is of protocol 3, this is 99: this cell is computed again"):
         assert experiments.read(experiments.cells(only=["plane/blob"], steps=2)[0], out) is None
 
 
@@ -420,13 +425,14 @@ def test_only_what_a_guard_says_is_a_result(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(planar, "regions", functools.partial(planar.regions, side=9, step_size=0.5))
     cells = experiments.cells(only=["plane/collapse, weight decay 10"])
     found = experiments.compute(cells[0], tmp_path / "a", tmp_path / "work", on_progress=lambda _: None)
-    assert "V is the same for all states" in found["refused"]
+    assert "the logits are the same for all states" in found["refused"]
 
     def vanish(_: str) -> None:
         shutil.rmtree(tmp_path / "other", ignore_errors=True)
 
+    (sound,) = experiments.cells(only=["plane/collapse, weight decay 0"], steps=3)
     with pytest.raises(training.RunError, match="cannot be written"):
-        experiments.compute(cells[0], tmp_path / "b", tmp_path / "other", on_progress=vanish)
+        experiments.compute(sound, tmp_path / "b", tmp_path / "other", on_progress=vanish)
     assert not list((tmp_path / "b").glob("plane/*.json"))
 
 
@@ -449,6 +455,68 @@ def test_image_cell_end_to_end(tmp_path: Path) -> None:
         assert shares.keys() == {"inside_first", "inside_last", "inside_others", "falls", "stays", "arrives"}
         assert 0.0 <= min(shares.values()) <= max(shares.values()) <= 1.0
     assert 0.0 <= found["meeting"] <= 1.0
+    assert found["certified"]["fall"] == 0
+    assert found["certified"]["tenth"] <= found["certified"]["median"] <= found["certified"]["most"]
+    assert f" | {found['certified']['median']:.1e} |" in page.markdown([cell], tmp_path)
+
+
+@pytest.mark.parametrize("change", experiments.CHANGES)
+def test_what_is_changed_on_digits_trains_and_is_looked_at(change: str, tmp_path: Path) -> None:
+    (cell,) = experiments.cells(seeds=1, only=[f"digits/zubov, {change}"], steps=2)
+    usual = TrainConfig.recipe("digits", model="zubov", steps=2)
+    differ = {
+        name for name, value in dataclasses.asdict(cell.config.zubov).items() if value != getattr(usual.zubov, name)
+    }
+    assert differ == experiments.CHANGES[change].keys()
+    run_folder = start(tmp_path / "run", cell.config)
+    training.fit(run_folder, DIGITS)
+    net, _ = training.load_model(run_folder)
+    few = dataclasses.replace(
+        DIGITS,
+        train_images=DIGITS.train_images[:20],
+        train_labels=DIGITS.train_labels[:20],
+        test_images=DIGITS.test_images[:20],
+        test_labels=DIGITS.test_labels[:20],
+    )
+    assert isinstance(net, zubov.ZubovNet)
+    assert 0.0 <= experiments._regions(net, few)["test"]["stays"] <= 1.0
+    assert experiments._certified(net, few.test_images, few.test_labels, 0)["fall"] == 0
+    learned = dict(net.named_parameters())
+    assert ("lyapunov.equilibria" in learned) == (change != "fixed equilibria")
+    assert isinstance(net.dynamics, EulerConvFlow if change == "convolutional flow" else zubov.DenseFlow)
+    assert net.dynamics.shared_weights == (change != "f of each step")
+
+
+@pytest.mark.parametrize(
+    ("dataset", "changes", "match"),
+    [
+        ("digits", {"dynamics": "conv", "dim": 18}, "expected 'conv' and, for 'digits', a multiple of 4"),
+        ("mnist", {"dynamics": "conv"}, "expected 'conv' and, for 'mnist', a multiple of 49"),
+        ("cifar10", {"dynamics": "conv"}, "does not fit zubov.backbone='resnet18'"),
+        ("moons", {"dynamics": "conv"}, "zubov.dynamics='conv' does not fit zubov.backbone='identity'"),
+        ("moons", {"shared_weights": False}, "has no regions of attraction to draw"),
+        ("digits", {"dynamics": "sparse"}, "zubov.dynamics='sparse' is unknown"),
+        ("digits", {"equilibria": "none"}, "zubov.equilibria='none' is unknown"),
+        ("digits", {"shared_weights": 1}, "zubov.shared_weights=1 is no bool"),
+    ],
+)
+def test_networks_that_cannot_be(dataset: str, changes: dict[str, object], match: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=match):
+        TrainConfig.recipe(dataset, model="zubov", zubov=changes)
+
+
+def test_separation_drives_regions_apart_in_many_dimensions() -> None:
+    torch.manual_seed(0)
+    lyapunov = zubov.ConvexLyapunov(16, 10, width=16, depth=2, eps=0.05)
+    assert bool((zubov.regions_that_meet(lyapunov) | torch.eye(10, dtype=torch.bool)).all())
+    optimizer = torch.optim.Adam(lyapunov.parameters(), 0.05)
+    nothing = torch.zeros(2, 0, 16), torch.zeros(0, dtype=torch.int64)
+    for _ in range(150):
+        loss = zubov.zubov_losses(lyapunov, torch.tanh, *nothing, consistency=0.0, classification=0.0)["separation"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert not zubov.regions_that_meet(lyapunov).any()
 
 
 def test_what_is_said_of_states_is_what_they_do() -> None:
@@ -459,8 +527,8 @@ def test_what_is_said_of_states_is_what_they_do() -> None:
     nn.init.zeros_(net.dynamics.bias1)
     nn.init.zeros_(net.dynamics.weight2)
     nn.init.zeros_(net.dynamics.bias2)
-    field = net.vector_field
-    net.vector_field = lambda states: field(states) - states  # type: ignore[method-assign]
+    field = net.field_at
+    net.field_at = lambda t, states: field(t, states) - states  # type: ignore[method-assign]
     with torch.no_grad():
         net.lyapunov.equilibria.add_(50.0)[4] = 0.0
     found = experiments._regions(net, DIGITS)["test"]

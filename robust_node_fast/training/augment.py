@@ -12,7 +12,7 @@ from torch import Tensor
 
 __all__ = ["AUGMENTATIONS", "PADDING", "augment", "draw"]
 
-AUGMENTATIONS = ("none", "crop-flip", "crop-flip-cutout")
+AUGMENTATIONS = ("none", "crop", "crop-flip", "crop-flip-cutout")
 PADDING = 4
 
 
@@ -23,12 +23,13 @@ def draw(n: int, *, seed: int, epoch: int) -> Tensor:
     return torch.rand(n, 5, generator=generator, dtype=torch.float64)
 
 
-def augment(images: Tensor, draws: Tensor, *, cutout: bool) -> Tensor:
+def augment(images: Tensor, draws: Tensor, *, flip: bool = True, cutout: bool = False) -> Tensor:
     """Each image shifted by up to ``PADDING`` pixels, black moving in, and every second one mirrored.
 
     Args:
         images: ``(B, C, S, S)``, uint8 or floating-point.
         draws: their rows of ``draw``'s table, ``(B, 5)``.
+        flip: mirror; a mirrored digit is none.
         cutout: also blacken a square of half the image's side, its centre anywhere in the image.
 
     Returns:
@@ -39,7 +40,8 @@ def augment(images: Tensor, draws: Tensor, *, cutout: bool) -> Tensor:
     size = images.shape[-1]
     steps = torch.arange(size, device=images.device)
     top, left = ((2 * PADDING + 1) * draws[:, :2]).long().unbind(1)
-    columns = torch.where(draws[:, 2, None] < 0.5, steps, size - 1 - steps)
+    mirrored = (draws[:, 2, None] >= 0.5) & flip
+    columns = torch.where(mirrored, size - 1 - steps, steps)
     padded = F.pad(images, (PADDING,) * 4)
     batch = torch.arange(len(images), device=images.device)[:, None, None]
     # Indices on both sides of a slice: their dimensions come first, (B, S, S, C), which is channels_last.

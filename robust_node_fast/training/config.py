@@ -14,6 +14,7 @@ import torch
 from robust_node_fast import _checks, data
 from robust_node_fast.training import augment, networks
 from robust_node_fast.training.recipes import RECIPES
+from robust_node_fast.zubov import contenders
 
 __all__ = ["NETWORKS", "TrainConfig", "ZubovConfig"]
 
@@ -67,11 +68,19 @@ class ZubovConfig:
         "conv", _ZUBOV, "From an input to the first state: identity or mlp for points, conv or resnet18 for images."
     )
     dim: int = _field(32, _ZUBOV, "Numbers in a state.")
-    field_width: int = _field(64, _ZUBOV, "Hidden units of the right-hand side f.")
-    width: int = _field(32, _ZUBOV, "Units in each of their layers.")
+    dynamics: Literal["dense", "conv"] = _field(
+        "dense",
+        _ZUBOV,
+        "Of a Zubov-Net: DenseFlow, or EulerConvFlow behind the convolutions of backbone conv alone, of 2x2 pixels in "
+        "digits, else 7x7 (8x8 in colour): dim is a multiple of that.",
+    )
+    shared_weights: bool = _field(True, _ZUBOV, "Of a Zubov-Net: one f for all steps, not one for each.")
+    field_width: int = _field(64, _ZUBOV, "Hidden units of the right-hand side f (dynamics dense).")
+    equilibria: Literal["learned", "fixed"] = _field("learned", _ZUBOV, "Learned, or fixed where they start.")
+    width: int = _field(32, _ZUBOV, "Units in each layer of the Lyapunov functions.")
     depth: int = _field(2, _ZUBOV, "Layers of the Lyapunov functions.")
     attention: Literal["full", "partial"] = _field("full", _ZUBOV, "Partial: with a context network, which sees x*.")
-    eps: float = _field(0.05, _ZUBOV, "Of the term eps |x - x*|^2 in every Lyapunov function.")
+    eps: float = _field(0.05, _ZUBOV, "Coefficient of the term eps |x - x*|^2 in every Lyapunov function.")
     consistency: float = _field(1.0, _ZUBOV, "Weight of the loss: Zubov's equation; 0: none.")
     classification: float = _field(1.0, _ZUBOV, "Weight of the loss: cross-entropy; 0: none.")
     separation: float = _field(1.0, _ZUBOV, "Weight of the loss: regions apart from each other; 0: none.")
@@ -79,7 +88,7 @@ class ZubovConfig:
     exclusion: float = _field(
         0.0, _ZUBOV, "Weight of the loss: first states outside the other classes' regions; 0: none."
     )
-    temperature: float = _field(1.0, _ZUBOV, "Of the logits -V / temperature.")
+    temperature: float = _field(1.0, _ZUBOV, "Temperature of the logits -V / temperature.")
     margin: float = _field(0.1, _ZUBOV, "How far above 1 another V is to be on a region's boundary.")
     n_rays: int = _field(16, _ZUBOV, "Rays of each class, for points on and inside its boundary.")
     reach: float = _field(0.25, _ZUBOV, "The equation is asked for up to 1 + reach times the way to the boundary.")
@@ -88,6 +97,10 @@ class ZubovConfig:
     def __post_init__(self) -> None:
         _checks.choice("zubov.backbone", self.backbone, networks.BACKBONES)
         _checks.choice("zubov.attention", self.attention, ("full", "partial"))
+        _checks.choice("zubov.dynamics", self.dynamics, ("dense", "conv"))
+        _checks.choice("zubov.equilibria", self.equilibria, ("learned", "fixed"))
+        if not isinstance(self.shared_weights, bool):
+            raise TypeError(f"zubov.shared_weights={self.shared_weights!r} is no bool, expected one")
         for name in ("dim", "field_width", "width", "depth", "n_rays"):
             _checks.count(f"zubov.{name}", getattr(self, name))
         weights = ("consistency", "classification", "separation", "containment", "exclusion")
@@ -143,8 +156,8 @@ class TrainConfig:
     steps: int | None = _field(None, _OPTIMIZER, "Optimizer steps, in the place of epochs.")
     batch_size: int = _field(128, _OPTIMIZER, "Images per optimizer step, over all processes.")
     accumulate: int = _field(1, _OPTIMIZER, "Parts of a batch, computed one after another to save memory.")
-    augmentation: Literal["none", "crop-flip", "crop-flip-cutout"] = _field(
-        "none", _DATA, "Shift by up to 4 pixels and mirror; cutout: and a black square."
+    augmentation: Literal["none", "crop", "crop-flip", "crop-flip-cutout"] = _field(
+        "none", _DATA, "Shift by up to 4 pixels; flip: and mirror; cutout: and a black square."
     )
     noise: float = _field(
         0.0,
@@ -289,6 +302,17 @@ class TrainConfig:
                 f"zubov.backbone={self.zubov.backbone!r} does not fit dataset={self.dataset!r}, expected one of "
                 f"{', '.join(map(repr, allowed))}"
             )
+        if self.dataset in data.PLANE and not self.zubov.shared_weights:
+            raise ValueError(
+                "zubov.shared_weights=False has no regions of attraction to draw, expected True in the plane"
+            )
+        if self.zubov.dynamics == "conv":
+            pixels = 0 if self.dataset in data.PLANE else contenders.side(data.IMAGES[self.dataset][1]) ** 2
+            if self.zubov.backbone != "conv" or self.zubov.dim % pixels:
+                raise ValueError(
+                    f"zubov.dynamics='conv' does not fit zubov.backbone={self.zubov.backbone!r} and "
+                    f"zubov.dim={self.zubov.dim!r}, expected 'conv' and, for {self.dataset!r}, a multiple of {pixels}"
+                )
         if self.zubov.backbone == "identity" and self.zubov.dim != 2:
             raise ValueError(f"zubov.dim={self.zubov.dim!r} does not fit zubov.backbone='identity', expected 2")
         if self.dataset in data.PLANE and (self.augmentation != "none" or self.channels_last or self.track_eps):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from robust_node_fast import data, models
 from robust_node_fast.certify import linf_certified
-from robust_node_fast.nn import authors_init_, contractive_init_
+from robust_node_fast.nn import EulerConvFlow, authors_init_, contractive_init_
 from robust_node_fast.zubov import contenders, margin_certified
 from robust_node_fast.zubov.lyapunov import ConvexLyapunov
 from robust_node_fast.zubov.network import DenseFlow, ZubovNet
@@ -58,18 +59,37 @@ def _convolutional(config: TrainConfig, given: dict[str, float]) -> models.Model
 
 def _on_vectors(config: TrainConfig, given: dict[str, float]) -> nn.Module:
     """The backbone first: its weights are the same for all networks of a seed."""
-    zubov, classes = config.zubov, data.num_classes(config.dataset)
-    backbone = contenders.backbone(zubov.backbone, data.IMAGES.get(config.dataset), zubov.dim)
+    zubov, classes, image = config.zubov, data.num_classes(config.dataset), data.IMAGES.get(config.dataset)
+    time: dict[str, Any] = {"n_steps": 6, "step_size": 0.5, **given}
+    if config.model == "zubov" and zubov.dynamics == "conv":
+        assert image is not None
+        channels = zubov.dim // contenders.side(image[1]) ** 2
+        backbone: nn.Module = contenders.convolutions(image[0], channels)
+        flow: DenseFlow | EulerConvFlow = EulerConvFlow(channels, **time, shared_weights=zubov.shared_weights)
+        return ZubovNet(backbone, flow, _lyapunov(config), temperature=zubov.temperature)
+    backbone = contenders.backbone(zubov.backbone, image, zubov.dim)
+    if config.model == "zubov":
+        flow = DenseFlow(zubov.dim, **time, width=zubov.field_width, shared_weights=zubov.shared_weights)
+        return ZubovNet(backbone, flow, _lyapunov(config), temperature=zubov.temperature)
     if config.model == "resnet":  # two residual blocks
         flow = DenseFlow(zubov.dim, 2, 1.0, width=zubov.field_width)
-    else:  # one right-hand side for all times, so that there are regions of attraction
-        time = {"n_steps": 6, "step_size": 0.5, **given}
-        flow = DenseFlow(zubov.dim, **time, width=zubov.field_width, shared_weights=True)  # type: ignore[arg-type]
-    if config.model != "zubov":
-        return contenders.FlowClassifier(backbone, flow, classes)
+    else:  # one right-hand side for all times
+        flow = DenseFlow(zubov.dim, **time, width=zubov.field_width, shared_weights=True)
+    return contenders.FlowClassifier(backbone, flow, classes)
+
+
+def _lyapunov(config: TrainConfig) -> ConvexLyapunov:
+    """With equilibria where they start."""
+    zubov, classes = config.zubov, data.num_classes(config.dataset)
     lyapunov = ConvexLyapunov(
-        zubov.dim, classes, width=zubov.width, depth=zubov.depth, partial=zubov.attention == "partial", eps=zubov.eps
+        zubov.dim,
+        classes,
+        width=zubov.width,
+        depth=zubov.depth,
+        partial=zubov.attention == "partial",
+        eps=zubov.eps,
+        equilibria=torch.zeros(classes, zubov.dim) if zubov.equilibria == "fixed" else None,
     )
     start = contenders.spread_ if config.dataset in data.PLANE else contenders.apart_
     start(lyapunov)
-    return ZubovNet(backbone, flow, lyapunov, temperature=zubov.temperature)
+    return lyapunov

@@ -220,7 +220,8 @@ class _Trainer:
     def _inputs(self, index: Tensor, draws: Tensor | None) -> Tensor:
         images = self.train_images[index]
         if draws is not None:
-            images = augment.augment(images, draws[index], cutout=self.config.augmentation == "crop-flip-cutout")
+            parts = self.config.augmentation.split("-")
+            images = augment.augment(images, draws[index], flip="flip" in parts, cutout="cutout" in parts)
         return self._as_input(images)
 
     def _as_input(self, images: Tensor) -> Tensor:

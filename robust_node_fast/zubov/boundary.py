@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -34,7 +36,7 @@ def sample_boundary(
     Returns:
         ``(K, R, dim)`` with ``|V - level| <= 1e-6 level`` in float32, ``1e-12 level`` in float64, or as near as
         rounding of V and of the points allows; V has the coefficients that ``lyapunov`` computes in its own precision.
-        Differentiable once, by the implicit function theorem
+        Differentiable once (twice is an error), by the implicit function theorem
         ``dx = dx* - u dV / (grad V . u)``, dV at a fixed offset, in all parameters, learned equilibria among them.
 
     Raises:
@@ -68,14 +70,62 @@ def boundary_offsets(
     like = lyapunov.equilibria
     shape = (lyapunov.num_classes, n_rays, lyapunov.dim)
     direction = torch.randn(shape, dtype=like.dtype, device=like.device, generator=generator)
-    length = torch.linalg.vector_norm(direction, dim=-1, keepdim=True)
-    direction = torch.where(length > 0, direction / length, lyapunov.dim**-0.5)  # in one dimension a 0 may be drawn
+    return _along(lyapunov, coefficients, _unit(direction)[0], level)
+
+
+def facing_offsets(lyapunov: ConvexLyapunov, coefficients: Coefficients, others: Tensor, level: float) -> Tensor:
+    """Boundary points ``(K, M, dim)`` of regions towards the equilibria of ``others`` ``(K, M)``, less their own."""
+    direction, _ = _unit(lyapunov.equilibria[others] - lyapunov.equilibria[:, None])
+    return _along(lyapunov, coefficients, direction, level)
+
+
+def _along(lyapunov: ConvexLyapunov, coefficients: Coefficients, direction: Tensor, level: float) -> Tensor:
+    """``r u`` with ``V_k(x* + r u) = level``, for unit vectors ``u`` ``(K, R, dim)``."""
     with torch.no_grad():
-        radius, slope = (t.to(like.dtype) for t in _radii(lyapunov, coefficients.double(), direction.double(), level))
+        radius, slope = (
+            t.to(direction.dtype) for t in _radii(lyapunov, coefficients.double(), direction.double(), level)
+        )
     if torch.is_grad_enabled():
         value = lyapunov.values(coefficients, radius.unsqueeze(-1) * direction)
-        radius = radius - (value - value.detach()) / slope
+        radius = _Radius.apply(value, radius, slope)
     return radius.unsqueeze(-1) * direction
+
+
+class _Radius(torch.autograd.Function):
+    """The radius itself; its derivative is ``-dV / slope``, dV at the point found. It knows nothing of second ones."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, radius: Tensor, slope: Tensor) -> Tensor:
+        ctx.save_for_backward(value, slope)
+        return radius.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        value, slope = ctx.saved_tensors
+        return _Once.apply(-gradient / slope, value), None, None
+
+
+class _Once(torch.autograd.Function):
+    """A gradient that is not to be differentiated again, in whatever ``value`` depends on.
+
+    ``once_differentiable`` does not say so where torch.autograd.grad is asked for the gradient of some tensors only.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, value: Tensor) -> Tensor:
+        return gradient.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
+        raise RuntimeError("boundary points of Lyapunov functions are differentiable once, not twice")
+
+
+def _unit(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """``(..., dim)`` as unit vectors and lengths ``(...)``; any direction will do for one without length."""
+    length = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+    none = length == 0
+    direction = torch.where(none, vectors.shape[-1] ** -0.5, vectors / length.masked_fill(none, 1.0))
+    return direction, length.squeeze(-1)
 
 
 @torch.no_grad()
@@ -97,10 +147,7 @@ def regions_that_meet(lyapunov: ConvexLyapunov, *, level: float = 1.0) -> Tensor
     if level <= 0:
         raise ValueError(f"level={level!r} is not positive, expected a float > 0")
     centres = lyapunov.equilibria.double()
-    between = centres - centres[:, None]
-    distance = torch.linalg.vector_norm(between, dim=-1)
-    same = distance == 0  # any direction will do: they meet at once
-    direction = torch.where(same[..., None], lyapunov.dim**-0.5, between / distance[..., None])
+    direction, distance = _unit(centres - centres[:, None])  # those in one place meet at once
     radius, _ = _radii(lyapunov, lyapunov.coefficients().double(), direction, level)
     return (radius + radius.T > distance).fill_diagonal_(False)
 

@@ -19,7 +19,7 @@ from robust_node_fast import data
 from robust_node_fast.zubov.lyapunov import ConvexLyapunov
 from robust_node_fast.zubov.network import DenseFlow, ZubovNet
 
-__all__ = ["METHODS", "FlowClassifier", "apart_", "backbone", "bare_backbone", "spread_"]
+__all__ = ["METHODS", "FlowClassifier", "apart_", "backbone", "bare_backbone", "convolutions", "side", "spread_"]
 
 METHODS = ("resnet", "node", "contractive-node", "lyanet", "zubov")
 
@@ -66,15 +66,21 @@ def backbone(name: str, image: tuple[int, int] | None, dim: int) -> nn.Module:
         network.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
         network.maxpool = nn.Identity()
         return network
-    side = (size + 3) // 4
+    return nn.Sequential(*convolutions(channels, 32), nn.ReLU(), nn.Flatten(), nn.Linear(32 * side(size) ** 2, dim))
+
+
+def convolutions(in_channels: int, out_channels: int) -> nn.Sequential:
+    """Two of stride 2: from images of ``S`` pixels a side to states of ``side(S)``."""
     return nn.Sequential(
-        nn.Conv2d(channels, 16, 3, stride=2, padding=1),
+        nn.Conv2d(in_channels, 16, 3, stride=2, padding=1),
         nn.ReLU(),
-        nn.Conv2d(16, 32, 3, stride=2, padding=1),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(32 * side * side, dim),
+        nn.Conv2d(16, out_channels, 3, stride=2, padding=1),
     )
+
+
+def side(image_size: int) -> int:
+    """Pixels a side of what ``convolutions`` give."""
+    return (image_size + 3) // 4
 
 
 @torch.no_grad()
@@ -114,7 +120,7 @@ def bare_backbone(net: nn.Module, inputs: Tensor, labels: Tensor, num_classes: i
     """
     assert isinstance(net, FlowClassifier | ZubovNet)
     with torch.no_grad():
-        states = torch.cat([net.backbone(data.to_float(part)) for part in torch.split(inputs, 512)])
+        states = torch.cat([net.backbone(data.to_float(part)).flatten(1) for part in torch.split(inputs, 512)])
     head = nn.Linear(states.shape[1], num_classes, device=states.device)
     for parameter in head.parameters():
         nn.init.zeros_(parameter)
@@ -127,4 +133,4 @@ def bare_backbone(net: nn.Module, inputs: Tensor, labels: Tensor, num_classes: i
         return found
 
     optimizer.step(loss)  # type: ignore[no-untyped-call]
-    return nn.Sequential(net.backbone, head).eval()
+    return nn.Sequential(net.backbone, nn.Flatten(), head).eval()

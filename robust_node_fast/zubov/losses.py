@@ -9,13 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from robust_node_fast import _checks
-from robust_node_fast.zubov.boundary import boundary_offsets
+from robust_node_fast.zubov.boundary import boundary_offsets, facing_offsets
 from robust_node_fast.zubov.lyapunov import Coefficients, ConvexLyapunov
 
 __all__ = ["zubov_losses", "zubov_residual"]
 
 VectorField = Callable[[Tensor], Tensor]
 CONTAINED = 0.5  # of V: what first states are asked to stay below, well within the region
+_ALIKE = 1e-4  # of logits: differences that tell nothing apart
 
 
 def zubov_residual(value: Tensor, derivative: Tensor, *, rate: float) -> Tensor:
@@ -56,13 +57,15 @@ def zubov_losses(
       the mean of ``|f(x*)|^2``, as the equation says nothing at ``x*``, where its terms vanish whatever f is.
     - ``classification``: cross-entropy of the logits ``-V_k(x(T)) / temperature``.
     - ``separation``: mean of ``relu(1 + margin - V_j(x_b))`` over ordered pairs ``i != j`` and points ``x_b`` of the
-      boundary of region i. A region within another one is only seen from one side: hence both orders.
+      boundary of region i, plus the same mean over the points of that boundary towards ``x*_j``, at most ``n_rays`` for
+      each class. A region within another one is only seen from one side: hence both orders. Random points alone do not
+      see regions that meet: where dimensions are many they hardly ever lie in the direction of another region.
     - ``containment``: mean of ``relu(V_y(x(0)) - 1/2)``. The cross-entropy is content with first states on the
       boundary, as long as the other V are larger; there the equation is content with states that stay there, and they
       do not come to rest at ``x*``.
     - ``exclusion``: mean over the batch of ``sum_{j != y} relu(1 + margin - V_j(x(0)))``: first states are to lie
-      outside the other classes' regions. Random rays hardly ever point at another region where dimensions are many, so
-      that separation alone does not see regions that share most of the data.
+      outside the other classes' regions, which separation does not see where regions meet beside the segments between
+      their equilibria.
 
     Args:
         lyapunov: K functions; at least two unless ``classification`` and ``separation`` are 0.
@@ -82,12 +85,13 @@ def zubov_losses(
         generator: of rays and shares.
 
     Returns:
-        Five scalars. Differentiable once: exact gradients of these numbers, boundary points move with the parameters.
+        Five scalars. Differentiable once (twice is an error): exact gradients of these numbers, boundary points move
+        with the parameters.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and what was expected; states or right-hand sides are not
-            finite; all states of a batch of several classes have the same V (collapsed; with classification); V does
-            not reach 1.
+            finite; the logits of a batch of several classes are the same for all states, or for all classes
+            (collapsed; with classification); V is not finite, or does not reach 1.
 
     Source: arXiv 2509.21879 for the first three; their equations are our reading, and the other two are ours.
     """
@@ -134,17 +138,20 @@ def zubov_losses(
             )
             losses["consistency"] = consistency * found
         if classification:
-            value = lyapunov.values(coefficients, lyapunov.offsets(trajectory[-1])).T
-            _check_collapse(value, labels)
-            entropy = F.cross_entropy(-value / temperature, labels, reduction="sum") / max(1, len(labels))
+            logits = -_finite(lyapunov.values(coefficients, lyapunov.offsets(trajectory[-1]))).T / temperature
+            _check_collapse(logits.detach(), labels)
+            entropy = F.cross_entropy(logits, labels, reduction="sum") / max(1, len(labels))
             losses["classification"] = classification * entropy
         if separation:
-            losses["separation"] = separation * _separation(lyapunov, coefficients, boundary, margin)
+            losses["separation"] = separation * _separation(lyapunov, coefficients, boundary, margin, generator)
         if containment or exclusion:
-            first, own = lyapunov.values(coefficients, lyapunov.offsets(trajectory[0])), labels[None]
-            inside = (first.gather(0, own) - CONTAINED).relu().sum() / max(1, len(labels))
-            outside = (1.0 + margin - first).relu().scatter(0, own, 0.0).sum() / max(1, len(labels))
-            losses["containment"], losses["exclusion"] = containment * inside, exclusion * outside
+            first, own = _finite(lyapunov.values(coefficients, lyapunov.offsets(trajectory[0]))), labels[None]
+            if containment:
+                inside = (first.gather(0, own) - CONTAINED).relu().sum() / max(1, len(labels))
+                losses["containment"] = containment * inside
+            if exclusion:
+                outside = (1.0 + margin - first).relu().scatter(0, own, 0.0).sum() / max(1, len(labels))
+                losses["exclusion"] = exclusion * outside
     return losses
 
 
@@ -185,7 +192,7 @@ def _consistency(
     offset = torch.cat([by_class(states - lyapunov.equilibria[labels]), rays], 1)
     tangent = torch.cat([by_class(along), across], 1)
     value, derivative = lyapunov.values_and_derivatives(coefficients, offset, tangent)
-    residual = zubov_residual(value, derivative, rate=rate)
+    residual = zubov_residual(_finite(value), derivative, rate=rate)
     square = (residual if floor is None else residual / (value + floor)).square()
     visited, around, edge = torch.split(square, [longest * steps, n_rays, n_rays], 1)
     own = visited.view(k, longest, steps)[labels, row]
@@ -193,12 +200,29 @@ def _consistency(
     return means / 3.0 + residue.square().sum(-1).mean()
 
 
-def _separation(lyapunov: ConvexLyapunov, coefficients: Coefficients, boundary: Tensor, margin: float) -> Tensor:
+def _separation(
+    lyapunov: ConvexLyapunov,
+    coefficients: Coefficients,
+    boundary: Tensor,
+    margin: float,
+    generator: torch.Generator | None,
+) -> Tensor:
     k, n_rays = boundary.shape[:2]
-    points = (lyapunov.equilibria[:, None] + boundary).flatten(0, 1)
+    centre = lyapunov.equilibria[:, None]
+    points = (centre + boundary).flatten(0, 1)
     value = lyapunov.values(coefficients, lyapunov.offsets(points)).view(k, k, n_rays)
     others = 1.0 - torch.eye(k, dtype=value.dtype, device=value.device)[..., None]
-    return ((1.0 + margin - value).relu() * others).sum() / (k * (k - 1) * n_rays)
+    around = ((1.0 + margin - value).relu() * others).sum() / (k * (k - 1) * n_rays)
+
+    # Region i towards the class s further on, for every shift s: of these each class is asked about as many.
+    shift = torch.arange(1, k, device=points.device)
+    if k - 1 > n_rays:
+        shift = shift[torch.randperm(k - 1, generator=generator, device=points.device)[:n_rays]]
+    classes = torch.arange(k, device=points.device)[:, None]
+    facing = centre + facing_offsets(lyapunov, coefficients, (classes + shift) % k, 1.0)
+    from_others = facing.gather(0, ((classes - shift) % k)[..., None].expand_as(facing))
+    value = lyapunov.values(coefficients, from_others - centre)
+    return around + (1.0 + margin - value).relu().mean()
 
 
 def _place_in_class(labels: Tensor, k: int) -> Tensor:
@@ -240,12 +264,18 @@ def _check_field(field: object, points: Tensor) -> None:
         raise ValueError("vector_field returned numbers that are not finite, expected a finite right-hand side")
 
 
-def _check_collapse(value: Tensor, labels: Tensor) -> None:
+def _finite(value: Tensor) -> Tensor:
+    if not bool(value.isfinite().all()):
+        raise ValueError("V is not finite at a state of the batch or a point on a ray, expected finite numbers")
+    return value
+
+
+def _check_collapse(logits: Tensor, labels: Tensor) -> None:
     if len(labels) < 2 or bool((labels == labels[0]).all()):
         return
-    spread = value.amax(0) - value.amin(0)
-    if bool((spread <= 8.0 * torch.finfo(value.dtype).eps * value.amax(0)).all()):
+    relative = logits - logits.mean(1, keepdim=True)
+    if bool(((relative - relative.mean(0)).abs() <= _ALIKE).all()):
         raise ValueError(
-            "V is the same for all states of the batch, whose labels differ: backbone, flow or Lyapunov functions have "
-            "collapsed to a constant"
+            "the logits are the same for all states of the batch, whose labels differ, or for all classes: backbone, "
+            "flow or Lyapunov functions have collapsed"
         )

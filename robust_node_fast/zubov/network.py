@@ -160,20 +160,41 @@ class ZubovNet(nn.Module):
         return self.backbone(input)
 
     def trajectory(self, input: Tensor) -> Tensor:
-        """All states, flattened: ``(N + 1, B, dim)``."""
-        return self.dynamics(self.features(input), return_trajectory=True).flatten(2)
+        """All states, flattened: ``(N + 1, B, dim)``.
+
+        Raises:
+            ValueError: the states of an ``EulerConvFlow`` are not square.
+        """
+        states = self.dynamics(self.features(input), return_trajectory=True)
+        if states.dim() == 5 and states.shape[-1] != states.shape[-2]:  # from numbers in a row their shape is not known
+            raise ValueError(f"backbone gives {tuple(states.shape[1:])}, expected square states (B, C, H, H)")
+        return states.flatten(2)
 
     def vector_field(self, states: Tensor) -> Tensor:
-        """Row n by the right-hand side of time step n, ``(N, M, dim) -> (N, M, dim)``."""
+        """Row n by the right-hand side of time step n, ``(N, M, dim) -> (N, M, dim)``.
+
+        Raises:
+            ValueError: weights are not shared, and there are more or fewer rows than steps.
+        """
         flow = self.dynamics
         if isinstance(flow, DenseFlow):
             return flow.fields(states)
-        side = _side(self.lyapunov, flow)
-        images = states.reshape(*states.shape[:2], flow.channels, side, side)
         if flow.shared_weights:
-            return flow.vector_field(0.0, images.flatten(0, 1)).view_as(states)
-        fields = [flow.vector_field(n * flow.step_size, image) for n, image in enumerate(images)]
-        return torch.stack(fields).flatten(2)
+            return self.field_at(0.0, states.flatten(0, 1)).view_as(states)
+        if len(states) != flow.n_steps:
+            raise ValueError(
+                f"states has shape {tuple(states.shape)}, expected ({flow.n_steps}, M, {self.lyapunov.dim}): a row "
+                "for each step"
+            )
+        return torch.stack([self.field_at(n * flow.step_size, state) for n, state in enumerate(states)])
+
+    def field_at(self, t: float, states: Tensor) -> Tensor:
+        """The right-hand side of the step that the time t belongs to, the last one's for ever: ``(M, dim)`` twice."""
+        flow = self.dynamics
+        if isinstance(flow, DenseFlow):
+            return flow.vector_field(t, states)
+        side = _side(self.lyapunov, flow)
+        return flow.vector_field(t, states.reshape(-1, flow.channels, side, side)).flatten(1)
 
 
 def _side(lyapunov: ConvexLyapunov, flow: EulerConvFlow) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,6 @@ def _columns(part: str) -> tuple[tuple[str, str, float], ...]:
         (f"AutoAttack {mid}", "autoattack", middle),
         (f"bare backbone {mid}", "pgd on bare backbone", middle),
         (f"worst of FGSM, PGD, transfer {mid}", "worst case", middle),
-        (f"certified {low}", "certified", small),
     )
 
 
@@ -41,10 +40,16 @@ def markdown(cells: Sequence[Cell], folder: Path) -> str:
     if plane:
         parts.append(["### In the plane", "", *_plane(plane, folder)])
     for part in experiments.PARTS[1:]:
-        chosen = [cell for cell in cells if isinstance(cell, Images) and cell.part == part]
+        images = [cell for cell in cells if isinstance(cell, Images) and cell.part == part]
+        chosen = [cell for cell in images if not cell.change]
         if chosen:
             parts.append([f"### {part}", "", *_images(chosen, folder)])
-            parts.append([*_regions([cell for cell in chosen if cell.row == "zubov"], folder)])
+            parts.append([*_regions({"zubov": [cell for cell in chosen if cell.row == "zubov"]}, folder)])
+        changed = [cell for cell in images if cell.config.model == "zubov"] if len(images) > len(chosen) else []
+        if changed:
+            rows = {row: [cell for cell in changed if cell.row == row] for row in dict.fromkeys(c.row for c in changed)}
+            parts.append([f"### {part}, with one thing changed", "", *_images(changed, folder)])
+            parts.append([*_regions(rows, folder)])
     return "\n\n".join("\n".join(lines) for lines in parts) + "\n"
 
 
@@ -99,8 +104,8 @@ def _images(cells: Sequence[Images], folder: Path) -> Iterator[str]:
         yield f"| {method} | {len(found)}{stopped} | {' | '.join(values)} | {held} of {len(found)} | {seconds:.3f} |"
 
 
-def _regions(cells: Sequence[Images], folder: Path) -> Iterator[str]:
-    """What ``experiments`` says of a Zubov-Net's states, mean over seeds."""
+def _regions(rows: Mapping[str, Sequence[Images]], folder: Path) -> Iterator[str]:
+    """What ``experiments`` says of a Zubov-Net's states and of its certificate, mean over seeds."""
     shares = {
         "inside_first": "x(0) in own region",
         "inside_others": "x(0) in another's region",
@@ -109,14 +114,17 @@ def _regions(cells: Sequence[Images], folder: Path) -> Iterator[str]:
         "stays": "in own region at time 40",
         "arrives": "own V < 0.1 at time 40",
     }
-    yield f"| states of a Zubov-Net | {' | '.join(shares.values())} | pairs of regions that meet |"
-    yield "|---" * (len(shares) + 2) + "|"
-    found = [result for result in _found(cells, folder) if not result["refused"]]
-    meeting = _percent([result["meeting"] for result in found if "meeting" in result])
-    for name in ("train", "test"):
-        of = [result["regions"][name] for result in found]
-        values = [_percent([each[share] for each in of if share in each]) for share in shares]
-        yield f"| of {name} images | {' | '.join(values)} | {meeting} |"
+    of_the_network = "pairs of regions that meet | median certified radius"
+    yield f"| states of a Zubov-Net | {' | '.join(shares.values())} | {of_the_network} |"
+    yield "|---" * (len(shares) + 3) + "|"
+    for row, cells in rows.items():
+        found = [result for result in _found(cells, folder) if not result["refused"]]
+        meeting = _percent([result["meeting"] for result in found])
+        radius = f"{statistics.fmean(result['certified']['median'] for result in found):.1e}" if found else MISSING
+        for name in ("train", "test"):
+            values = [_percent([result["regions"][name][share] for result in found]) for share in shares]
+            of = f"{row}, {name} images" if len(rows) > 1 else f"of {name} images"
+            yield f"| {of} | {' | '.join(values)} | {meeting} | {radius if name == 'test' else ''} |"
 
 
 def _found(cells: Sequence[Cell], folder: Path) -> list[dict[str, Any]]:
