@@ -105,5 +105,5 @@ def cifar_picture(cells: Sequence[Cell], results: Mapping[str, CellResult], targ
     radii.set(xlabel="l_inf radius times 255", ylim=(0, 100))
     for axis in (epochs, radii):
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=7, handlelength=3.5)
     figure.savefig(target, dpi=120)

@@ -29,7 +29,7 @@ def attacked_and_certified(
             panels[dataset] = {row: rows[row] for row in BEATEN if row in rows}
     if not panels:
         return False
-    figure = Figure(figsize=(4.6 * len(panels), 3.6), layout="constrained")
+    figure = Figure(figsize=(4.0 * len(panels) + 1.8, 3.6), layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axis, (dataset, shown) in zip(axes, panels.items(), strict=True):
         for number, (row, found) in enumerate(shown.items()):
@@ -40,7 +40,7 @@ def attacked_and_certified(
                 axis.plot((0.0, *EPS), (clean, *means), style, marker="o", markersize=3.5, color=color, label=label)
         axis.set(title=dataset, xlabel="l_inf radius", ylim=(0, 100))
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
     axes[0].set_ylabel("accuracy, %")
+    axes[-1].legend(fontsize=7, handlelength=3.5, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     figure.savefig(target, dpi=120)
     return True
