@@ -1,4 +1,4 @@
-"""The tables of docs/zubov.md, from the committed results alone; what was not run reads "not measured"."""
+"""The tables of docs/zubov.md, from the committed results alone; what was not run is said to be not measured."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from robust_node_fast.zubov.experiments import Cell, Images, Plane
 __all__ = ["markdown"]
 
 MISSING = "not measured"
+Columns = tuple[tuple[str, str, float], ...]
+Results = Sequence[Mapping[str, Any]]  # what cells' files hold
 
 
-def _columns(part: str) -> tuple[tuple[str, str, float], ...]:
+def _columns(part: str) -> Columns:
     """Heading, name of the result in a cell's file, strength."""
     small, middle, _ = experiments.EPS[part]
     low, mid = (f"{255 * eps:.0f}/255" if part == "cifar10" else f"{eps:g}" for eps in (small, middle))
@@ -44,12 +46,9 @@ def markdown(cells: Sequence[Cell], folder: Path) -> str:
         chosen = [cell for cell in images if not cell.change]
         if chosen:
             parts.append([f"### {part}", "", *_images(chosen, folder)])
-            parts.append([*_regions({"zubov": [cell for cell in chosen if cell.row == "zubov"]}, folder)])
-        changed = [cell for cell in images if cell.config.model == "zubov"] if len(images) > len(chosen) else []
-        if changed:
-            rows = {row: [cell for cell in changed if cell.row == row] for row in dict.fromkeys(c.row for c in changed)}
+        if len(images) > len(chosen):
+            changed = [cell for cell in images if cell.config.model == "zubov"]
             parts.append([f"### {part}, with one thing changed", "", *_images(changed, folder)])
-            parts.append([*_regions(rows, folder)])
     return "\n\n".join("\n".join(lines) for lines in parts) + "\n"
 
 
@@ -87,14 +86,28 @@ def _plane(cells: Sequence[Plane], folder: Path) -> Iterator[str]:
 
 
 def _images(cells: Sequence[Images], folder: Path) -> Iterator[str]:
-    columns = _columns(cells[0].part)
+    """Accuracies, what the states of Zubov-Nets do, and which rows have no results."""
+    rows = {
+        row: _found([cell for cell in cells if cell.row == row], folder) for row in dict.fromkeys(c.row for c in cells)
+    }
+    ended = {row: results for row, results in rows.items() if results}
+    if ended:
+        yield from _accuracies(ended, _columns(cells[0].part))
+    found = {row: [result for result in results if result.get("regions")] for row, results in ended.items()}
+    found = {row: results for row, results in found.items() if results}
+    if found:
+        yield from ("", *_regions(found))
+    if missing := "; ".join(row for row in rows if row not in ended):
+        yield from (*([""] if ended else []), f"Not measured: {missing}.")
+
+
+def _accuracies(rows: Mapping[str, Results], columns: Columns) -> Iterator[str]:
     yield f"| method | seeds | {' | '.join(heading for heading, _, _ in columns)} | checks held | s / step |"
     yield "|---" * (len(columns) + 4) + "|"
-    for method in dict.fromkeys(cell.row for cell in cells):
-        ended = _found([cell for cell in cells if cell.row == method], folder)
+    for method, ended in rows.items():
         found = [result for result in ended if not result["refused"]]
         if not found:
-            what = f"stopped: {ended[0]['refused']}" if ended else MISSING
+            what = f"stopped: {ended[0]['refused']}"
             yield f"| {method} | 0 | {' | '.join([what, *[MISSING] * (len(columns) + 1)])} |"
             continue
         stopped = f" ({len(ended) - len(found)} stopped)" if len(ended) > len(found) else ""
@@ -104,7 +117,7 @@ def _images(cells: Sequence[Images], folder: Path) -> Iterator[str]:
         yield f"| {method} | {len(found)}{stopped} | {' | '.join(values)} | {held} of {len(found)} | {seconds:.3f} |"
 
 
-def _regions(rows: Mapping[str, Sequence[Images]], folder: Path) -> Iterator[str]:
+def _regions(rows: Mapping[str, Results]) -> Iterator[str]:
     """What ``experiments`` says of a Zubov-Net's states and of its certificate, mean over seeds."""
     shares = {
         "inside_first": "x(0) in own region",
@@ -117,21 +130,20 @@ def _regions(rows: Mapping[str, Sequence[Images]], folder: Path) -> Iterator[str
     of_the_network = "pairs of regions that meet | median certified radius"
     yield f"| states of a Zubov-Net | {' | '.join(shares.values())} | {of_the_network} |"
     yield "|---" * (len(shares) + 3) + "|"
-    for row, cells in rows.items():
-        found = [result for result in _found(cells, folder) if not result["refused"]]
+    for row, found in rows.items():
         meeting = _percent([result["meeting"] for result in found])
-        radius = f"{statistics.fmean(result['certified']['median'] for result in found):.1e}" if found else MISSING
+        radius = f"{statistics.fmean(result['certified']['median'] for result in found):.1e}"
         for name in ("train", "test"):
             values = [_percent([result["regions"][name][share] for result in found]) for share in shares]
             of = f"{row}, {name} images" if len(rows) > 1 else f"of {name} images"
             yield f"| {of} | {' | '.join(values)} | {meeting} | {radius if name == 'test' else ''} |"
 
 
-def _found(cells: Sequence[Cell], folder: Path) -> list[dict[str, Any]]:
+def _found(cells: Sequence[Cell], folder: Path) -> Results:
     return [result for cell in cells if (result := experiments.read(cell, folder)) is not None]
 
 
-def _value(found: dict[str, Any], name: str, strength: float) -> float | None:
+def _value(found: Mapping[str, Any], name: str, strength: float) -> float | None:
     if name in ("margin", "autoattack"):
         return float(found[name][str(strength)])
     for result in found["report"]["results"]:
