@@ -384,6 +384,8 @@ def test_a_setting_that_is_new_renames_no_cell(tmp_path: Path) -> None:
 def test_what_concerns_lyapunov_functions_names_no_rival(tmp_path: Path) -> None:
     """Rivals keep their files when a recipe of Zubov-Nets changes, those of before too, which name its settings."""
     for cell in experiments.cells(only=["digits"], seeds=1):
+        if cell.change:
+            continue
         usual = TrainConfig.recipe("digits", "zubov", model=cell.row, zubov={}).zubov
         assert (cell.config.zubov.containment == 0.0) == (cell.row != "zubov")
         assert usual == cell.config.zubov
