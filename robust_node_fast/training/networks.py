@@ -66,15 +66,16 @@ def _on_vectors(config: TrainConfig, given: dict[str, float]) -> nn.Module:
         channels = zubov.dim // contenders.side(image[1]) ** 2
         backbone: nn.Module = contenders.convolutions(image[0], channels)
         flow: DenseFlow | EulerConvFlow = EulerConvFlow(channels, **time, shared_weights=zubov.shared_weights)
-        return ZubovNet(backbone, flow, _lyapunov(config), temperature=zubov.temperature)
-    backbone = contenders.backbone(zubov.backbone, image, zubov.dim)
+    else:
+        if config.model == "resnet":  # two residual blocks
+            time, shared = {"n_steps": 2, "step_size": 1.0}, False
+        else:  # one right-hand side for all times, but for Zubov-Nets that are to have one for each
+            shared = zubov.shared_weights or config.model != "zubov"
+        backbone = contenders.backbone(zubov.backbone, image, zubov.dim)
+        flow = DenseFlow(zubov.dim, **time, width=zubov.field_width, shared_weights=shared)
     if config.model == "zubov":
-        flow = DenseFlow(zubov.dim, **time, width=zubov.field_width, shared_weights=zubov.shared_weights)
         return ZubovNet(backbone, flow, _lyapunov(config), temperature=zubov.temperature)
-    if config.model == "resnet":  # two residual blocks
-        flow = DenseFlow(zubov.dim, 2, 1.0, width=zubov.field_width)
-    else:  # one right-hand side for all times
-        flow = DenseFlow(zubov.dim, **time, width=zubov.field_width, shared_weights=True)
+    assert isinstance(flow, DenseFlow)
     return contenders.FlowClassifier(backbone, flow, classes)
 
 
