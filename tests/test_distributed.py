@@ -151,7 +151,10 @@ EVERYTHING = {
         ({**STAGED, "accumulate": 2}, 2),
         ({**STAGED, "model": "StridedNode", "network": "vanilla", "certified_eps": 0.05}, 2),
         ({**VECTORS, "model": "lyanet"}, 2),
-        ({**VECTORS, "model": "zubov", "zubov": {"consistency": 0.0, "separation": 0.0}}, 2),  # without random rays
+        (
+            {**VECTORS, "model": "zubov", "zubov": {"consistency": 0.0, "separation": 0.0, "spacing": 10.0}},
+            2,
+        ),  # without random rays
         ({**STAGED, "model": "MNISTNode", "accumulate": 2, "shard": True}, 2),
         ({**EVERYTHING, "shard": True}, 2),
         ({**STAGED, "model": "StridedNode", "network": "vanilla", "certified_eps": 0.05, "shard": True}, 3),

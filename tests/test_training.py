@@ -644,7 +644,9 @@ def test_an_epoch_that_is_cut_short_is_tested(tmp_path: Path) -> None:
 
 
 def test_weights_of_zubov_losses_can_be_zero(tmp_path: Path) -> None:
-    config = vectors("zubov", steps=2, zubov={"consistency": 0.0, "separation": 0.0, "containment": 0.0})
+    config = vectors(
+        "zubov", steps=2, zubov={"consistency": 0.0, "separation": 0.0, "containment": 0.0, "spacing": 0.0}
+    )
     folder = start(tmp_path / "run", config)
     training.fit(folder, DIGITS)
     last = training.last_step(folder)

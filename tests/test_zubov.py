@@ -431,7 +431,7 @@ def test_closed_form_of_the_decay() -> None:
     assert_close(exact_system()(x)[:, 0].detach(), expected.detach(), 1e-8)
 
 
-LOSSES = ("consistency", "classification", "separation", "containment", "exclusion")
+LOSSES = ("consistency", "classification", "separation", "spacing", "containment", "exclusion")
 
 
 @torch.no_grad()
@@ -482,9 +482,12 @@ def test_losses_against_the_formulas(partial: bool) -> None:
         for j in range(4)
         if i != j
     ]
+    assert_close(found["separation"].detach(), torch.stack(others).mean().detach(), 1e-9)
+    assert found["spacing"] == 0.0
+    spaced = losses(lyapunov, net.fields, trajectory, labels, spacing=2.0, **options)["spacing"]
     towards = torch.stack([facing_value(lyapunov, i, j) for i in range(4) for j in range(4) if i != j])
-    expected = torch.stack(others).mean() + (1.2 - towards).relu().mean()
-    assert_close(found["separation"].detach(), expected.detach(), 1e-9)
+    assert_close(spaced.detach(), 2.0 * (1.2 - towards).relu().mean(), 1e-9)
+    assert spaced > 0
     weighted = losses(lyapunov, net.fields, trajectory, labels, consistency=2.0, separation=0.5, **options)
     assert_close(weighted["consistency"], 2 * found["consistency"], 1e-14)
     assert_close(weighted["separation"], 0.5 * found["separation"], 1e-14)
@@ -546,8 +549,9 @@ def test_what_has_weight_zero_is_not_computed() -> None:
         assert {key: float(value) for key, value in found.items() if key != name} == {
             key: 0.0 for key in LOSSES if key != name
         }
-    with pytest.raises(ValueError, match="V stays below level"):
-        losses(lyapunov, field, trajectory, labels, **{**nothing, "separation": 1.0})
+    for name in ("separation", "spacing"):
+        with pytest.raises(ValueError, match="V stays below level"):
+            losses(lyapunov, field, trajectory, labels, **{**nothing, name: 1.0})
 
 
 def test_separation_sees_a_nested_region_from_one_side_only() -> None:
@@ -566,32 +570,30 @@ def test_separation_sees_a_nested_region_from_one_side_only() -> None:
         assert (swapped(boundary[inner])[:, 1 - inner] < 1).all()
         assert (swapped(boundary[1 - inner])[:, inner] > 1).all()
         trajectory, labels = batch(2, 2)
-        options = {"consistency": 0.0, "classification": 0.0, "margin": 0.0, "n_rays": 50}
-        found = losses(swapped, torch.tanh, trajectory, labels, **options)["separation"]
+        options = {"consistency": 0.0, "classification": 0.0, "spacing": 1.0, "margin": 0.0, "n_rays": 50}
+        found = losses(swapped, torch.tanh, trajectory, labels, **options)
         boundary = zubov.sample_boundary(swapped, 50, generator=torch.Generator().manual_seed(0))
         seen = (1.0 - swapped(boundary[inner])[:, 1 - inner]).mean()
         assert seen > 0.1
+        assert_close(found["separation"].detach(), 0.5 * seen.detach(), 1e-12)  # the other half of the mean is zero
         # Equilibria in one place are no direction: any will do to look in.
         with torch.no_grad():
             coefficients = swapped.coefficients()
             facing = facing_offsets(swapped, coefficients, torch.tensor([[1], [0]]), 1.0)
-            seen = seen + (1.0 - swapped.values(coefficients, facing.flip(0))).relu().sum()
-        assert_close(found.detach(), 0.5 * seen.detach(), 1e-12)  # the other half of the means is zero
+            seen = (1.0 - swapped.values(coefficients, facing.flip(0))).relu()
+        assert_close(found["spacing"].detach(), seen.mean(), 1e-12)
 
 
-def test_separation_looks_towards_so_many_others_as_there_are_rays() -> None:
+def test_spacing_looks_towards_so_many_others_as_there_are_rays() -> None:
     lyapunov = functions(eps=0.2)
     pairs = {(i, j): float((2.0 - facing_value(lyapunov, i, j)).relu()) for i in range(4) for j in range(4) if i != j}
     found = []
     for seed in range(12):
         trajectory, labels = batch()
-        options = {"consistency": 0.0, "classification": 0.0, "margin": 1.0, "n_rays": 1}
+        options = {**dict.fromkeys(LOSSES, 0.0), "spacing": 1.0, "margin": 1.0, "n_rays": 1}
         generator = torch.Generator().manual_seed(seed)
-        loss = zubov.zubov_losses(lyapunov, torch.tanh, trajectory[:2], labels, **options, generator=generator)
-        generator.manual_seed(seed)
-        boundary = zubov.sample_boundary(lyapunov, 1, generator=generator)[:, 0]
-        values = (2.0 - lyapunov(boundary)).relu().fill_diagonal_(0.0)
-        found.append(float((loss["separation"] - values.sum() / 12).detach()))
+        loss = zubov.zubov_losses(lyapunov, torch.tanh, trajectory, labels, **options, generator=generator)
+        found.append(float(loss["spacing"].detach()))
     expected = [sum(pairs[i, (i + shift) % 4] for i in range(4)) / 4 for shift in (1, 2, 3)]
     assert {min(range(3), key=lambda n: abs(one - expected[n])) for one in found} == {0, 1, 2}
     assert all(min(abs(one - other) for other in expected) < 1e-9 for one in found)

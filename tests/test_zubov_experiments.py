@@ -355,8 +355,9 @@ def test_reproduce_in_portions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         with pytest.warns(UserWarning, match=f"{why}.*: this cell is computed again"):
             assert experiments.read(experiments.cells(only=["plane/blob"], steps=2)[0], out) is None
     first.write_bytes(before)
+    written = experiments.PROTOCOL
     monkeypatch.setattr(experiments, "PROTOCOL", 99)
-    with pytest.warns(UserWarning, match="is of protocol 3, this is 99: this cell is computed again"):
+    with pytest.warns(UserWarning, match=f"is of protocol {written}, this is 99: this cell is computed again"):
         assert experiments.read(experiments.cells(only=["plane/blob"], steps=2)[0], out) is None
 
 
@@ -507,14 +508,15 @@ def test_networks_that_cannot_be(dataset: str, changes: dict[str, object], match
         TrainConfig.recipe(dataset, model="zubov", zubov=changes)
 
 
-def test_separation_drives_regions_apart_in_many_dimensions() -> None:
+def test_spacing_drives_regions_apart_in_many_dimensions() -> None:
     torch.manual_seed(0)
     lyapunov = zubov.ConvexLyapunov(16, 10, width=16, depth=2, eps=0.05)
     assert bool((zubov.regions_that_meet(lyapunov) | torch.eye(10, dtype=torch.bool)).all())
     optimizer = torch.optim.Adam(lyapunov.parameters(), 0.05)
     nothing = torch.zeros(2, 0, 16), torch.zeros(0, dtype=torch.int64)
     for _ in range(150):
-        loss = zubov.zubov_losses(lyapunov, torch.tanh, *nothing, consistency=0.0, classification=0.0)["separation"]
+        weights = {"consistency": 0.0, "classification": 0.0, "separation": 0.0, "spacing": 1.0}
+        loss = zubov.zubov_losses(lyapunov, torch.tanh, *nothing, **weights)["spacing"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -84,6 +84,7 @@ class ZubovConfig:
     consistency: float = _field(1.0, _ZUBOV, "Weight of the loss: Zubov's equation; 0: none.")
     classification: float = _field(1.0, _ZUBOV, "Weight of the loss: cross-entropy; 0: none.")
     separation: float = _field(1.0, _ZUBOV, "Weight of the loss: regions apart from each other; 0: none.")
+    spacing: float = _field(0.0, _ZUBOV, "Weight of the loss: regions apart between their equilibria; 0: none.")
     containment: float = _field(0.0, _ZUBOV, "Weight of the loss: first states well within their regions; 0: none.")
     exclusion: float = _field(
         0.0, _ZUBOV, "Weight of the loss: first states outside the other classes' regions; 0: none."
@@ -103,7 +104,7 @@ class ZubovConfig:
             raise TypeError(f"zubov.shared_weights={self.shared_weights!r} is no bool, expected one")
         for name in ("dim", "field_width", "width", "depth", "n_rays"):
             _checks.count(f"zubov.{name}", getattr(self, name))
-        weights = ("consistency", "classification", "separation", "containment", "exclusion")
+        weights = ("consistency", "classification", "separation", "spacing", "containment", "exclusion")
         for name in (*weights, "margin", "reach"):
             _at_least_zero(f"zubov.{name}", getattr(self, name))
         for name in ("eps", "temperature", *(() if self.floor is None else ("floor",))):

@@ -127,7 +127,7 @@ class ContractionObjective(Objective):
 class ZubovObjective(Objective):
     """The losses of a Zubov-Net, each with its weight; points on rays come from PyTorch's random numbers."""
 
-    metrics = ("loss", "consistency", "classification", "separation", "containment", "exclusion")
+    metrics = ("loss", "consistency", "classification", "separation", "spacing", "containment", "exclusion")
     model: ZubovNet
 
     def __init__(self, model: nn.Module, config: TrainConfig) -> None:

@@ -91,14 +91,14 @@ _PLANE: Mapping[str, Any] = {
 # States well within their regions, and the equation in earnest near x* too: without the one they stay on the boundary,
 # without the other they do not come to rest. Found on digits, by what V does along trajectories of training images; the
 # weight of the equation on training images of MNIST and FashionMNIST that were held out: more of it keeps more of them
-# under attack, and costs clean accuracy. Separation keeps regions from growing into each other, exclusion the first
+# under attack, and costs clean accuracy. Spacing keeps regions from growing into each other, exclusion the first
 # states out of what they share beside the segments between equilibria.
 _IMAGES: Mapping[str, Any] = {
     "dim": 16,
     "field_width": 128,
     "consistency": 100.0,
     "containment": 10.0,
-    "separation": 10.0,
+    "spacing": 10.0,
     "exclusion": 10.0,
     "temperature": 0.3,
     "floor": 0.3,

@@ -31,7 +31,7 @@ from robust_node_fast.zubov.network import ZubovNet
 
 __all__ = ["PARTS", "Images", "Plane", "cells", "compute", "path_of", "read"]
 
-PROTOCOL = 3  # raised by every change of what a cell's numbers mean
+PROTOCOL = 4  # raised by every change of what a cell's numbers mean
 STILL_GOOD = {2}  # for the networks beside Zubov-Nets: milder checks, the same numbers
 PARTS = ("plane", "digits", "mnist", "fashionmnist", "cifar10")
 OnProgress = Callable[[str], None]
@@ -71,7 +71,7 @@ COLLAPSING: dict[str, Any] = {
 # Of the Zubov-Net on digits, one thing each.
 CHANGES: dict[str, dict[str, Any]] = {
     "no consistency": {"consistency": 0.0},
-    "no separation": {"separation": 0.0},
+    "no separation": {"separation": 0.0, "spacing": 0.0},
     "no containment": {"containment": 0.0},
     "no exclusion": {"exclusion": 0.0},
     "partial attention": {"attention": "partial"},

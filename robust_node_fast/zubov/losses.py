@@ -1,4 +1,4 @@
-"""The losses of Zubov-Net: consistency with Zubov's equation, classification, separation, containment, exclusion."""
+"""The losses of Zubov-Net: consistency with Zubov's equation, classification, separation, and three of ours."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ def zubov_losses(
     consistency: float = 1.0,
     classification: float = 1.0,
     separation: float = 1.0,
+    spacing: float = 0.0,
     containment: float = 0.0,
     exclusion: float = 0.0,
     rate: float = 4.0,
@@ -47,7 +48,7 @@ def zubov_losses(
     floor: float | None = None,
     generator: torch.Generator | None = None,
 ) -> dict[str, Tensor]:
-    """Consistency, classification, separation, containment, exclusion, times their weights; the objective is their sum.
+    """The losses of Zubov-Net, times their weights; the objective is their sum.
 
     The recipes (docs/training.md) have ``rate=1`` and ``reach=0.25`` in the place of these defaults.
 
@@ -57,24 +58,25 @@ def zubov_losses(
       the mean of ``|f(x*)|^2``, as the equation says nothing at ``x*``, where its terms vanish whatever f is.
     - ``classification``: cross-entropy of the logits ``-V_k(x(T)) / temperature``.
     - ``separation``: mean of ``relu(1 + margin - V_j(x_b))`` over ordered pairs ``i != j`` and points ``x_b`` of the
-      boundary of region i, plus the same mean over the points of that boundary towards ``x*_j``, at most ``n_rays`` for
-      each class. A region within another one is only seen from one side: hence both orders. Random points alone do not
-      see regions that meet: where dimensions are many they hardly ever lie in the direction of another region.
+      boundary of region i, on random rays. A region within another one is only seen from one side: hence both orders.
+    - ``spacing``: the same mean over one point for each pair, where the boundary of region i meets the ray to ``x*_j``;
+      at most ``n_rays`` pairs for each class. Where dimensions are many, random rays hardly ever point at another
+      region, and separation does not see that regions meet.
     - ``containment``: mean of ``relu(V_y(x(0)) - 1/2)``. The cross-entropy is content with first states on the
       boundary, as long as the other V are larger; there the equation is content with states that stay there, and they
       do not come to rest at ``x*``.
     - ``exclusion``: mean over the batch of ``sum_{j != y} relu(1 + margin - V_j(x(0)))``: first states are to lie
-      outside the other classes' regions, which separation does not see where regions meet beside the segments between
+      outside the other classes' regions, which spacing does not see where regions meet beside the segments between
       their equilibria.
 
     Args:
-        lyapunov: K functions; at least two unless ``classification`` and ``separation`` are 0.
+        lyapunov: K functions; one will do for consistency and containment.
         vector_field: ``(N, M, dim) -> (N, M, dim)``: row n by the right-hand side of time step n. Points on rays are
             divided evenly among the steps.
         trajectory: ``(N + 1, B, dim)``, x(0) first.
         labels: ``(B,)`` int64. Classes may be missing from the batch: their regions take part all the same.
-        consistency, classification, separation, containment, exclusion: weights >= 0; what has weight 0 is not
-            computed, and is 0.
+        consistency, classification, separation, spacing, containment, exclusion: weights >= 0; what has weight 0 is
+            not computed, and is 0.
         rate: c of ``psi = c V``, per unit of time.
         temperature, margin: as above; > 0 and >= 0.
         n_rays: rays of each class, rounded up to a multiple of N.
@@ -85,7 +87,7 @@ def zubov_losses(
         generator: of rays and shares.
 
     Returns:
-        Five scalars. Differentiable once (twice is an error): exact gradients of these numbers, boundary points move
+        Six scalars. Differentiable once (twice is an error): exact gradients of these numbers, boundary points move
         with the parameters.
 
     Raises:
@@ -93,12 +95,13 @@ def zubov_losses(
             finite; the logits of a batch of several classes are the same for all states, or for all classes
             (collapsed; with classification); V is not finite, or does not reach 1.
 
-    Source: arXiv 2509.21879 for the first three; their equations are our reading, and the other two are ours.
+    Source: arXiv 2509.21879 for the first three; their equations are our reading, and the other three are ours.
     """
     weights = {
         "consistency": consistency,
         "classification": classification,
         "separation": separation,
+        "spacing": spacing,
         "containment": containment,
         "exclusion": exclusion,
     }
@@ -121,9 +124,9 @@ def zubov_losses(
             raise ValueError(f"floor={floor!r} is not positive, expected a float > 0 or None")
     _checks.count("n_rays", n_rays)
     trajectory = _check_batch(lyapunov, trajectory, labels)
-    if lyapunov.num_classes < 2 and (classification or separation or exclusion):
+    if lyapunov.num_classes < 2 and (classification or separation or spacing or exclusion):
         raise ValueError(
-            "lyapunov has one class, expected two or more, or classification=0, separation=0 and exclusion=0"
+            "lyapunov has one class, expected two or more, or classification=0, separation=0, spacing=0 and exclusion=0"
         )
     with torch.autocast(trajectory.device.type, enabled=False):
         coefficients = lyapunov.coefficients()
@@ -143,7 +146,9 @@ def zubov_losses(
             entropy = F.cross_entropy(logits, labels, reduction="sum") / max(1, len(labels))
             losses["classification"] = classification * entropy
         if separation:
-            losses["separation"] = separation * _separation(lyapunov, coefficients, boundary, margin, generator)
+            losses["separation"] = separation * _separation(lyapunov, coefficients, boundary, margin)
+        if spacing:
+            losses["spacing"] = spacing * _spacing(lyapunov, coefficients, n_rays, margin, generator)
         if containment or exclusion:
             first, own = _finite(lyapunov.values(coefficients, lyapunov.offsets(trajectory[0]))), labels[None]
             if containment:
@@ -200,29 +205,27 @@ def _consistency(
     return means / 3.0 + residue.square().sum(-1).mean()
 
 
-def _separation(
-    lyapunov: ConvexLyapunov,
-    coefficients: Coefficients,
-    boundary: Tensor,
-    margin: float,
-    generator: torch.Generator | None,
-) -> Tensor:
+def _separation(lyapunov: ConvexLyapunov, coefficients: Coefficients, boundary: Tensor, margin: float) -> Tensor:
     k, n_rays = boundary.shape[:2]
-    centre = lyapunov.equilibria[:, None]
-    points = (centre + boundary).flatten(0, 1)
+    points = (lyapunov.equilibria[:, None] + boundary).flatten(0, 1)
     value = lyapunov.values(coefficients, lyapunov.offsets(points)).view(k, k, n_rays)
     others = 1.0 - torch.eye(k, dtype=value.dtype, device=value.device)[..., None]
-    around = ((1.0 + margin - value).relu() * others).sum() / (k * (k - 1) * n_rays)
+    return ((1.0 + margin - value).relu() * others).sum() / (k * (k - 1) * n_rays)
 
+
+def _spacing(
+    lyapunov: ConvexLyapunov, coefficients: Coefficients, n_rays: int, margin: float, generator: torch.Generator | None
+) -> Tensor:
     # Region i towards the class s further on, for every shift s: of these each class is asked about as many.
-    shift = torch.arange(1, k, device=points.device)
+    k, centre, device = lyapunov.num_classes, lyapunov.equilibria[:, None], lyapunov.equilibria.device
+    shift = torch.arange(1, k, device=device)
     if k - 1 > n_rays:
-        shift = shift[torch.randperm(k - 1, generator=generator, device=points.device)[:n_rays]]
-    classes = torch.arange(k, device=points.device)[:, None]
+        shift = shift[torch.randperm(k - 1, generator=generator, device=device)[:n_rays]]
+    classes = torch.arange(k, device=device)[:, None]
     facing = centre + facing_offsets(lyapunov, coefficients, (classes + shift) % k, 1.0)
     from_others = facing.gather(0, ((classes - shift) % k)[..., None].expand_as(facing))
     value = lyapunov.values(coefficients, from_others - centre)
-    return around + (1.0 + margin - value).relu().mean()
+    return (1.0 + margin - value).relu().mean()
 
 
 def _place_in_class(labels: Tensor, k: int) -> Tensor:
