@@ -133,7 +133,7 @@ _ZUBOV: Mapping[str, Mapping[str, Any]] = {
     # Digits are not mirrored; the same number of epochs.
     "svhn": {**_COLOUR, "steps": 114_600, "augmentation": "crop"},
     **{
-        dataset: {**_FEW_STEPS, "steps": 2500, "batch_size": 64, "lr": 1e-2, "zubov": _PLANE}
+        dataset: {**_FEW_STEPS, "steps": 4000, "batch_size": 64, "lr": 1e-2, "zubov": _PLANE}
         for dataset in ("moons", "rings", "blobs", "blobs3")
     },
 }

@@ -153,7 +153,7 @@ def cells(*, seeds: int = 3, only: Sequence[str] = (), steps: int | None = None)
 
 
 def _in_the_plane() -> Iterator[Plane]:
-    def row(name: str, dataset: str, steps: int = 2500, **zubov: Any) -> Plane:
+    def row(name: str, dataset: str, steps: int = 4000, **zubov: Any) -> Plane:
         return Plane(name, TrainConfig.recipe(dataset, "zubov", steps=steps, zubov=zubov))
 
     yield row("blobs", "blobs")
