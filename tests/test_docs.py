@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
+import operator
 import re
 import statistics
 from pathlib import Path
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from robust_node_fast import reproduce
+from robust_node_fast.zubov import experiments
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -250,4 +253,31 @@ def test_figures_of_the_page_on_zubov_nets_come_from_the_committed_results() -> 
         f"all rays of a class together {together[0]:.1f} and {together[1]:.1f} times",
         f"plain loops: {both[0]:.0f} and {both[1]:.0f} times",
         f"for all of its rays together, {sums[0]:.0f} and {sums[1]:.0f} times",
+    )
+
+
+def test_figures_of_the_changed_zubov_nets_come_from_the_committed_results() -> None:
+    """On digits, in %, over three seeds."""
+
+    def mean(change: str, *where: str | int) -> float:
+        row = f"zubov, {change}" if change else "zubov"
+        cells = [cell for cell in experiments.cells(only=["digits/zubov", "digits/zubov,"]) if cell.row == row]
+        found = [experiments.read(cell, ROOT / "docs" / "results" / "zubov") for cell in cells]
+        numbers = [functools.reduce(operator.getitem, where, content) for content in found]
+        assert len(numbers) == 3
+        return 100.0 * statistics.fmean(numbers)
+
+    kept = {change: mean(change, "autoattack", "0.1") for change in ("", *experiments.CHANGES)}
+    others, stays = ("regions", "test", "inside_others"), ("regions", "test", "stays")
+    assert mean("no separation", "meeting") == 100.0
+    assert_says(
+        "docs/zubov.md",
+        f"{kept['']:.1f}% with all of them): without consistency {kept['no consistency']:.1f}%",
+        f"without containment {kept['no containment']:.1f}%",
+        f"{mean('no separation', *others):.1f}% instead of {mean('', *others):.1f}% of the first states",
+        f"but {kept['no separation']:.1f}% are kept, and without exclusion {kept['no exclusion']:.1f}%",
+        f"fixed equilibria ({kept['fixed equilibria']:.1f}%) and of an f for each step ({kept['f of each step']:.1f}%)",
+        f"partial attention changes nothing ({kept['partial attention']:.1f}%)",
+        f"{mean('f of each step', *stays):.0f}% instead of {mean('', *stays):.0f}% of the states",
+        f"{mean('convolutional flow', 'report', 'results', 0, 'mean'):.1f}% clean, {kept['convolutional flow']:.1f}%",
     )
