@@ -642,7 +642,13 @@ def summary(
     for folder in folders:
         if not any(folder.glob("cells/*.json")):
             raise typer.BadParameter(f"{folder} has no cells, expected folders of `rnf reproduce cnode`")
-    cells = [cell for dataset in ("mnist", "fashionmnist") for cell in reproduction.cells(dataset, seeds=seeds)]
+    there = {path.stem for folder in folders for path in folder.glob("cells/*.json")}
+    cells: list[reproduction.Cell] = []
+    for dataset in ("mnist", "fashionmnist"):
+        cells += (asked_for := reproduction.cells(dataset, seeds=seeds))
+        if seeds is None:  # of the sweeps there is to be one seed, and may be more
+            more = reproduction.cells(dataset, seeds=reproduction.SEEDS)
+            cells += [cell for cell in more if cell.name in there and cell not in asked_for]
     found = [(cell, reproduction.read(cell, folder)) for cell in cells for folder in folders]
     results = {cell.name: result for cell, result in found if result is not None}
     others = [path for folder in folders for path in sorted(folder.glob("cells/*.json")) if path.stem not in results]

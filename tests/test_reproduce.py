@@ -780,6 +780,18 @@ def test_summary_command(tmp_path: Path) -> None:
     assert f"note: 1 cells of other settings are left out, {cell_module.path_of(other, tmp_path / 'b')}" in (
         result.stderr
     )
+    sweep = reproduce.cells("mnist", seeds=3, only=["gamma/10"])
+    for cell in (sweep[0], sweep[2]):  # the one seed of a sweep that there is to be, and one more
+        cell_module.path_of(cell, tmp_path / "a").write_text(made_up(cell, lambda name, strength: 0.5).to_json())
+    result = rnf("summary", tmp_path / "a", tmp_path / "b", "--output", page)
+    assert result.exit_code == 0, result.output
+    text = page.read_text()
+    assert [row[:2] for row in page_lines(text, "gamma/")] == [["gamma/10", "2"]]
+    usual = {cell.name for cell in reproduce.cells("mnist")}
+    assert f"4 of {len(usual) + 1} cells." in text
+    assert f"0 of {len(usual)} cells." in text
+    assert "seed 1, 2" in text  # of the grid
+    assert "note: 1 cells of other settings are left out" in result.stderr
     path = cell_module.path_of(cells[0], tmp_path / "a")
     path.write_text(path.read_text().replace('"rate": 1.5', '"rate": 2.5'))
     result = rnf("summary", tmp_path / "a", "--output", page)

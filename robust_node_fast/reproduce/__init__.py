@@ -2,11 +2,12 @@
 
 from robust_node_fast.reproduce.cell import CellError, CellResult, compute, load, path_of, read
 from robust_node_fast.reproduce.cifar import cifar_markdown, cifar_picture
-from robust_node_fast.reproduce.grid import Cell, cells, cifar_cells
+from robust_node_fast.reproduce.grid import SEEDS, Cell, cells, cifar_cells
 from robust_node_fast.reproduce.plot import attacked_and_certified
 from robust_node_fast.reproduce.summary import by_row, markdown, table
 
 __all__ = [
+    "SEEDS",
     "Cell",
     "CellError",
     "CellResult",

@@ -14,7 +14,7 @@ from typing import Any
 
 from robust_node_fast.training import TrainConfig
 
-__all__ = ["EPS", "INITS", "NORMS", "RATES", "SUITE", "TRANSFER_EPS", "Cell", "cells", "cifar_cells"]
+__all__ = ["EPS", "INITS", "NORMS", "RATES", "SEEDS", "SUITE", "TRANSFER_EPS", "Cell", "cells", "cifar_cells"]
 
 PROTOCOL = 3  # raised by every change of what a cell's numbers mean: the cells of before are then no longer looked for
 SUITE = "standard"  # Gaussian and salt-and-pepper noise; FGSM and PGD-40
