@@ -4,6 +4,7 @@
 
 - K values and derivatives along f: one forward-mode pass for all classes, against a loop over classes with
   ``autograd.grad``, and against ``torch.func.jvp`` of our functions.
+- A training step on digits, against those of the networks that a Zubov-Net is compared with.
 - Boundary sampling: all rays at once, against a loop over rays with bisection, which evaluates one point at a time, and
   against a loop over classes that bisects all rays of a class together.
 
@@ -29,7 +30,9 @@ import robust_node_fast as rnf
 from robust_node_fast import zubov
 from robust_node_fast._machine import machine
 from robust_node_fast.bench.plot import BLUE, GREEN, ORANGE
-from robust_node_fast.zubov import ConvexLyapunov, reference
+from robust_node_fast.training import TrainConfig
+from robust_node_fast.training.objective import objective_of
+from robust_node_fast.zubov import ConvexLyapunov, contenders, reference
 
 OURS, LOOP, JVP, PER_CLASS = "robust_node_fast", "loop", "torch.func.jvp", "loop over classes"
 DERIVATIVE, BOUNDARY, BOTH = "value and derivative", "boundary", "both"
@@ -49,7 +52,7 @@ class Row(NamedTuple):
     batch: int
     rays: int
     p50_ms: float
-    loop_over_this: float | None = None
+    loop_over_this: float | None = None  # of training steps: the Zubov-Net's over this one's
     rounds: int = 0
 
 
@@ -89,19 +92,19 @@ def per_class_boundary(lyapunov: ConvexLyapunov, rays: int, *, generator: torch.
     directions = directions / torch.linalg.vector_norm(directions, dim=-1, keepdim=True)
     points = []
     for k, u in enumerate(directions):
-        centre = lyapunov.equilibria[k]
+        own, centre = reference.ClassValue(lyapunov, k), lyapunov.equilibria[k]
         low, high = torch.zeros(rays, 1), torch.ones(rays, 1)
         with torch.no_grad():
-            while bool((inside := reference.class_value(lyapunov, k, centre + high * u) <= 1.0).any()):
+            while bool((inside := own(centre + high * u) <= 1.0).any()):
                 high = torch.where(inside[:, None], 2.0 * high, high)
             for _ in range(26):
                 middle = 0.5 * (low + high)
-                inside = (reference.class_value(lyapunov, k, centre + middle * u) <= 1.0)[:, None]
+                inside = (own(centre + middle * u) <= 1.0)[:, None]
                 low, high = torch.where(inside, middle, low), torch.where(inside, high, middle)
         x = centre + high * u
         leaf = x.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(reference.class_value(lyapunov, k, leaf).sum(), leaf)
-        value = reference.class_value(lyapunov, k, x)
+        (gradient,) = torch.autograd.grad(own(leaf).sum(), leaf, retain_graph=True)
+        value = own(x)
         points.append(x - u * ((value - value.detach()) / (gradient * u).sum(1))[:, None])
     return torch.stack(points)
 
@@ -144,9 +147,13 @@ def compare(classes: int) -> list[Row]:
             LOOP: boundary(reference.sample_boundary, lyapunov, RAYS),
             PER_CLASS: boundary(per_class_boundary, lyapunov, RAYS),
         },
-        max(3, 30 // classes),
+        9,
     )
-    both = {name: [a + b for a, b in zip(first[name], second[name], strict=False)] for name in (OURS, LOOP)}
+    # The loop over classes for values and derivatives goes with either way to loop for the boundary.
+    both = {
+        name: [a + b for a, b in zip(first[OURS if name == OURS else LOOP], second[name], strict=False)]
+        for name in (OURS, LOOP, PER_CLASS)
+    }
     rows = []
     for work, taken in ((DERIVATIVE, first), (BOUNDARY, second), (BOTH, both)):
         for name, milliseconds in taken.items():
@@ -171,6 +178,31 @@ def growth(sweep: str, rounds: int = 9) -> list[Row]:
             rows.append(
                 Row(work, sweep, OURS, sizes["classes"], sizes["depth"], BATCH, sizes["rays"], p50, None, rounds)
             )
+    return rows
+
+
+def training_steps(rounds: int = 15) -> list[Row]:
+    """Forward and backward of a training step's loss on digits, of the Zubov-Net and of what it is compared with."""
+    generator = torch.Generator().manual_seed(0)
+    images, labels = torch.rand(128, 1, 8, 8, generator=generator), torch.arange(128) % 10
+    taken: dict[str, list[float]] = {method: [] for method in contenders.METHODS}
+    goals = {}
+    for method in taken:
+        config = TrainConfig.recipe("digits", "zubov", model=method)
+        net = config.initial_model()
+        goals[method] = net, objective_of(net, config)
+    for turn in range(rounds + 1):
+        for method, (net, goal) in goals.items():
+            begin = time.perf_counter()
+            goal(images, labels)[0].backward()
+            if turn:  # the first one warms up
+                taken[method].append(1e3 * (time.perf_counter() - begin))
+            net.zero_grad()
+    rows = []
+    for method, milliseconds in taken.items():
+        ratio = statistics.median(b / a for a, b in zip(milliseconds, taken["zubov"], strict=True))
+        p50 = statistics.median(milliseconds)
+        rows.append(Row("training step, digits", "methods", method, 10, 2, 128, 16, p50, ratio, rounds))
     return rows
 
 
@@ -206,6 +238,7 @@ def main(
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     rows = [row for sweep in GROWTH for row in growth(sweep)] + [row for k in CLASSES for row in compare(k)]
+    rows += training_steps()
     for row in rows:
         ratio = "" if row.loop_over_this is None else f"{row.loop_over_this:8.1f}x"
         size = f"K={row.classes} depth={row.depth} rays={row.rays}"

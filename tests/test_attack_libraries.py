@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import sys
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from robust_node_fast import models, robustness
-from robust_node_fast.robustness import suite
+from robust_node_fast.robustness import auto_attack, suite
 from robust_node_fast.robustness.evaluate import NOT_TRANSFERRED
 
 
@@ -200,3 +201,37 @@ def test_autoattack_of_fewer_than_ten_classes() -> None:
         found = robustness.autoattack(model, images, labels, eps, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             assert int((model(found).argmax(1) != labels).sum()) == fooled
+
+
+def test_remarks_that_differ_in_numbers_become_one_a_radius() -> None:
+    logger = logging.getLogger("auto-attack")
+    with auto_attack.remarks(["l_inf eps 0.1: Square lowered it by 1.10 to 3.80%. See it."]) as found:
+        for norm, eps, by in (("inf", 0.1, 0.45), ("inf", 0.2, 2.0), ("inf", 0.1, 2.0), ("2", 0.1, 5.0)):
+            with auto_attack._tagged(norm, eps):
+                logger.warning(f"Square lowered it by\n{by:.2f}%. See it.")
+        for points in (7, 12, 3):
+            logger.warning("%d points with zero gradient", points)
+        logger.warning("a randomised defence")
+        logger.warning("a randomised defence")
+    assert found == [
+        "l_inf eps 0.1: Square lowered it by 0.45 to 3.80%. See it.",
+        "l_inf eps 0.2: Square lowered it by 2.00%. See it.",
+        "l_2 eps 0.1: Square lowered it by 5.00%. See it.",
+        "3 to 12 points with zero gradient",
+        "a randomised defence",
+    ]
+    assert not logger.handlers
+    assert not logger.filters
+
+
+def test_remarks_of_the_authors_code_name_the_ball(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("pyautoattack", reason="pyautoattack is not installed (requirements-dev.txt)")
+    torch.manual_seed(3)
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(64, 5), nn.Softmax(1)).eval()  # probabilities: they remark upon it
+    images = torch.rand(4, 1, 8, 8)
+    with torch.no_grad():
+        labels = linear(images).argmax(1)
+    with auto_attack.remarks([]) as found:
+        robustness.autoattack(linear, images, labels, 0.5, generator=torch.Generator().manual_seed(0))
+    assert found
+    assert all(remark.startswith("l_inf eps 0.5: ") for remark in found), found

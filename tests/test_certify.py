@@ -81,6 +81,33 @@ def test_no_random_search_breaks_a_lipschitz_radius(seed: int, gain: float, p: s
         assert torch.equal(double(moved).argmax(1)[radius > 0], y[radius > 0])
 
 
+def test_only_the_2_norm_needs_spectral_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are the dearest part of the constants."""
+    model, x = small_network(), samples()
+    y = model(x).argmax(1)
+    computed = []
+    for name in ("convolution_norm", "matrix_norm"):
+        actual = getattr(certify.spectral, name)
+        monkeypatch.setattr(
+            *(certify.lipschitz.spectral, name),
+            lambda weight, actual=actual: computed.append(1) or actual(weight),
+        )
+    found = {p: certify.lipschitz_radius(model, x, y, p=p) for p in ("inf", "1")}
+    assert not computed
+    certify.l2_radius(model, x, y)
+    assert computed
+    bounds = certify.layer_bounds(model)
+    assert all(bound.two <= (bound.inf * bound.one) ** 0.5 for bound in bounds)
+    for p, radius in found.items():  # the constants are those of layer_bounds
+        product = torch.tensor([bound.of(p) for bound in bounds]).prod()
+        double = certify._network.in_float64(model)
+        head = certify._network.layers_of(double)[-1].weight
+        gaps = torch.linalg.vector_norm(head[:, None] - head, {"inf": 1.0, "1": torch.inf}[p], dim=2)[y]
+        margins = certify._network.margins(double(x.double()), y)
+        expected = torch.where(gaps > 0, margins / (gaps * product), torch.inf).amin(1)
+        torch.testing.assert_close(radius, expected, rtol=1e-5, atol=1e-9)
+
+
 def matrix_of(layer: nn.Module, channels: int, size: int) -> Tensor:
     """A linear layer without bias as a dense operator."""
     basis = torch.eye(channels * size**2).double().view(-1, channels, size, size)

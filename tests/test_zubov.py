@@ -21,7 +21,7 @@ from torch.func import functional_call
 
 import robust_node_fast as rnf
 from robust_node_fast import zubov
-from robust_node_fast.zubov import softplus
+from robust_node_fast.zubov import contenders, exact, softplus
 from robust_node_fast.zubov.boundary import facing_offsets
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,10 +51,6 @@ def exact_system(dtype: torch.dtype = torch.float64) -> zubov.ConvexLyapunov:
     lyapunov = zubov.ConvexLyapunov(2, 2, width=3, eps=1.0, equilibria=torch.zeros(2, 2), dtype=dtype)
     nn.init.zeros_(lyapunov.input_weight)
     return lyapunov
-
-
-def exact_field(x: Tensor) -> Tensor:
-    return -x * (1.0 - x.square().sum(-1, keepdim=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -406,29 +402,22 @@ def losses(lyapunov: zubov.ConvexLyapunov, *args: Any, **options: Any) -> dict[s
 def test_the_exact_system_satisfies_the_equation() -> None:
     lyapunov = exact_system()
     x = 1.5 * torch.randn(200, 2, dtype=torch.float64)
-    value, derivative = zubov.value_and_derivative(lyapunov, x, exact_field(x))
+    value, derivative = zubov.value_and_derivative(lyapunov, x, exact.field(x))
     assert zubov.zubov_residual(value, derivative, rate=2.0).abs().max() <= 1e-12 * (1 + value.max() ** 2)
     assert zubov.zubov_residual(value, derivative, rate=2.2).abs().max() > 1e-2
     trajectory = torch.randn(4, 6, 2, dtype=torch.float64)
     labels = torch.randint(2, (6,))
-    found = losses(lyapunov, exact_field, trajectory, labels, rate=2.0, classification=0.0, separation=0.0)
+    found = losses(lyapunov, exact.field, trajectory, labels, rate=2.0, classification=0.0, separation=0.0)
     assert found["consistency"] <= 1e-20 * (1 + trajectory.square().sum(-1).max() ** 4)
     without = {"classification": 0.0, "separation": 0.0}  # the two functions are the same
-    wrong = losses(lyapunov, lambda x: 1.1 * exact_field(x), trajectory, labels, rate=2.0, **without)
+    wrong = losses(lyapunov, lambda x: 1.1 * exact.field(x), trajectory, labels, rate=2.0, **without)
     assert wrong["consistency"] > 1e-3
 
 
 def test_closed_form_of_the_decay() -> None:
     """``V(t) = 1 / (1 + (1 / V(0) - 1) exp(c t))`` for psi = c V, by Runge-Kutta on the exact system, c = 2."""
-    x, h, n = torch.tensor([[0.3, 0.1], [0.6, -0.7], [0.0, 0.99]], dtype=torch.float64), 1e-2, 300
-    start = exact_system()(x)[:, 0]
-    for _ in range(n):
-        k1 = exact_field(x)
-        k2 = exact_field(x + h / 2 * k1)
-        k3 = exact_field(x + h / 2 * k2)
-        x = x + h / 6 * (k1 + 2 * k2 + 2 * k3 + exact_field(x + h * k3))
-    expected = 1 / (1 + (1 / start - 1) * math.exp(2.0 * n * h))
-    assert_close(exact_system()(x)[:, 0].detach(), expected.detach(), 1e-8)
+    assert exact.decay_error(exact_system()) <= 1e-8
+    assert exact.decay_error(exact_system(), n_steps=10) > 1e-6  # a coarse one is seen
 
 
 LOSSES = ("consistency", "classification", "separation", "spacing", "containment", "exclusion")
@@ -446,27 +435,33 @@ def facing_value(lyapunov: zubov.ConvexLyapunov, i: int, j: int) -> Tensor:
     return zubov.reference.class_value(lyapunov, j, (start + low * direction)[None])[0]
 
 
+EQUATION = pytest.mark.parametrize(("reach", "floor"), [(0.0, None), (0.25, 0.3)], ids=["as it is", "as the recipes"])
+
+
+@EQUATION
 @BOTH
-def test_losses_against_the_formulas(partial: bool) -> None:
+def test_losses_against_the_formulas(partial: bool, reach: float, floor: float | None) -> None:
     """Every term once more, with a loop over classes and samples and the reference's functions."""
     lyapunov = functions(partial=partial)
     steps, rays = 3, 5
     net = zubov.DenseFlow(3, steps, 0.2, width=4, dtype=torch.float64)
-    start, labels = torch.randn(5, 3, dtype=torch.float64), torch.tensor([1, 1, 3, 1, 0])  # none of class 2
+    start, labels = 2.0 * torch.randn(5, 3, dtype=torch.float64), torch.tensor([1, 1, 3, 1, 0])  # none of class 2
     trajectory = net(start, return_trajectory=True)
-    options = {"rate": 1.7, "temperature": 0.3, "margin": 0.2, "n_rays": rays}
+    options = {"rate": 1.7, "temperature": 0.3, "margin": 0.2, "n_rays": rays, "reach": reach, "floor": floor}
     found = losses(lyapunov, net.fields, trajectory, labels, **options)
 
     generator = torch.Generator().manual_seed(0)
     boundary = zubov.reference.sample_boundary(lyapunov, 6, generator=generator)  # 5 rounded up to steps
     share = torch.rand((4, 6, 1), dtype=torch.float64, generator=generator)
     centre = lyapunov.equilibria[:, None]
-    inside = centre + share * (boundary - centre)
+    inside = centre + (1.0 + reach) * share * (boundary - centre)
 
     def residual(k: int, x: Tensor, n: int) -> Tensor:
         field = net.vector_field(n * 0.2, x[None])
         value, derivative = zubov.reference.value_and_derivative(lyapunov, x[None], field)
-        return derivative[0, k] + 1.7 * value[0, k] * (1 - value[0, k])
+        return (derivative[0, k] + 1.7 * value[0, k] * (1 - value[0, k])) / (
+            1.0 if floor is None else value[0, k] + floor
+        )
 
     visited = [residual(int(y), trajectory[n, i], n) for i, y in enumerate(labels) for n in range(steps)]
     kinds = [[residual(k, part[k, r], r % steps) for k in range(4) for r in range(6)] for part in (inside, boundary)]
@@ -504,9 +499,10 @@ def test_losses_against_the_formulas(partial: bool) -> None:
     assert excluded > 0
 
 
+@EQUATION
 @BOTH
 @pytest.mark.parametrize("name", LOSSES)
-def test_gradcheck_of_each_loss(name: str, partial: bool) -> None:
+def test_gradcheck_of_each_loss(name: str, partial: bool, reach: float, floor: float | None) -> None:
     """In all parameters, the states and what the vector field closes over; boundary points move with them."""
     lyapunov = functions(2, 3, width=3, depth=2, partial=partial)
     names, values = zip(*lyapunov.named_parameters(), strict=True)
@@ -522,7 +518,8 @@ def test_gradcheck_of_each_loss(name: str, partial: bool) -> None:
             def field(x: Tensor) -> Tensor:
                 return torch.tanh(x @ matrix)
 
-            return losses(self.inner, field, trajectory, labels, n_rays=2, margin=3.0, **weights)[name]
+            options = {"n_rays": 2, "margin": 3.0, "reach": reach, "floor": floor, **weights}
+            return losses(self.inner, field, trajectory, labels, **options)[name]
 
     module = Loss()
 
@@ -1143,6 +1140,7 @@ def test_the_benchmark_runs_and_refuses_wrong_results(tmp_path: Path, monkeypatc
     with (tmp_path / "zubov.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert {row["work"] for row in rows if row["provider"] == "loop"} == {"value and derivative", "boundary", "both"}
+    assert [row["provider"] for row in rows if row["sweep"] == "methods"] == list(contenders.METHODS)
     assert all(float(row["p50_ms"]) > 0 and row["machine"] for row in rows)
 
     right = zubov.value_and_derivative

@@ -23,16 +23,12 @@ from robust_node_fast.robustness import auto_attack
 from robust_node_fast.training import TrainConfig
 from robust_node_fast.training.checkpoint import digest_of_json
 from robust_node_fast.training.objective import objective_of
-from robust_node_fast.zubov import contenders, experiments, losses, page, planar
+from robust_node_fast.zubov import contenders, curves, exact, experiments, losses, page, planar
 from robust_node_fast.zubov.attraction import attracted_to, overlap, plane
 
 DIGITS = data.load("digits")
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results" / "zubov"
 run = CliRunner()
-
-
-def circle_field(x: Tensor) -> Tensor:
-    return -x * (1.0 - x.square().sum(-1, keepdim=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -43,10 +39,29 @@ def circle_field(x: Tensor) -> Tensor:
 def test_simulated_region_of_the_exact_system_is_the_unit_disc() -> None:
     """And outside of it states run away until they overflow, which is no convergence."""
     grid = plane(torch.tensor([-1.5, -1.5]), torch.tensor([1.5, 1.5]), 81)
-    found = attracted_to(circle_field, grid, torch.zeros(1, 2)) == 0
+    found = attracted_to(exact.field, grid, torch.zeros(1, 2)) == 0
     disc = grid.square().sum(1) < 1.0
     assert overlap(found, disc) == 1.0
     assert 0 < int(disc.sum()) < len(disc)
+
+
+def test_the_exact_system_is_a_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a picture; and a field that is a little another one does not pass."""
+
+    def errors(folder: Path) -> dict[str, Any]:
+        (cell,) = experiments.cells(only=["plane/exact system"], steps=2)
+        found = experiments.compute(cell, folder, tmp_path, on_progress=lambda _: None)
+        assert experiments.path_of(cell, folder).with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+        assert experiments.read(cell, folder) is not None
+        return found
+
+    found = errors(tmp_path / "right")
+    assert max(found[name] for name in ("value_error", "residual", "decay_error")) <= 1e-6
+    assert found["iou"] == found["iou_with_the_disc"] == [1.0]
+    field = exact.field
+    monkeypatch.setattr(exact, "field", lambda x: 1.01 * field(x))
+    found = errors(tmp_path / "wrong")
+    assert min(found["residual"], found["decay_error"]) > 1e-3
 
 
 def test_a_state_at_rest_elsewhere_or_passing_by_is_not_attracted() -> None:
@@ -65,7 +80,7 @@ def test_a_state_at_rest_elsewhere_or_passing_by_is_not_attracted() -> None:
 def test_bad_arguments_of_the_simulation(change: dict[str, object], match: str) -> None:
     options = {"points": torch.zeros(4, 2), "equilibria": torch.zeros(1, 2), **change}
     with pytest.raises(ValueError, match=match):
-        attracted_to(circle_field, **options)  # type: ignore[arg-type]
+        attracted_to(exact.field, **options)  # type: ignore[arg-type]
 
 
 def test_overlap() -> None:
@@ -79,7 +94,7 @@ def test_consistency_loss_shrinks_the_difference_of_the_regions() -> None:
     with torch.no_grad():
         lyapunov.log_scale.fill_(-3.0)
     grid = plane(torch.tensor([-2.5, -2.5]), torch.tensor([2.5, 2.5]), 61)
-    attracted = attracted_to(circle_field, grid, torch.zeros(1, 2)) == 0
+    attracted = attracted_to(exact.field, grid, torch.zeros(1, 2)) == 0
     generator = torch.Generator().manual_seed(0)
     optimizer = torch.optim.Adam(lyapunov.parameters(), 3e-2)
     differences = []
@@ -88,7 +103,7 @@ def test_consistency_loss_shrinks_the_difference_of_the_regions() -> None:
             differences.append(int(((lyapunov(grid)[:, 0] < 1.0) ^ attracted).sum()))
         states = 0.3 * torch.randn(2, 1, 2, generator=generator).expand(2, 1, 2)
         losses = zubov.zubov_losses(
-            lyapunov, circle_field, states, torch.zeros(1, dtype=torch.int64), classification=0.0, separation=0.0,
+            lyapunov, exact.field, states, torch.zeros(1, dtype=torch.int64), classification=0.0, separation=0.0,
             rate=2.0, n_rays=64, reach=0.25, generator=generator,
         )  # fmt: skip
         optimizer.zero_grad()
@@ -129,7 +144,7 @@ def test_reach_and_floor_of_the_consistency_loss() -> None:
         return float(found["consistency"].detach())
 
     def leaking(x: Tensor) -> Tensor:
-        return torch.where(x.norm(dim=-1, keepdim=True) > 1.001, -x, circle_field(x))
+        return torch.where(x.norm(dim=-1, keepdim=True) > 1.001, -x, exact.field(x))
 
     assert consistency(leaking) < 1e-20
     assert consistency(leaking, reach=0.2) > 1e-2
@@ -137,7 +152,7 @@ def test_reach_and_floor_of_the_consistency_loss() -> None:
     assert consistency(at_rest, floor=0.01) > 2.0 * consistency(at_rest)
     for name in ("reach", "floor"):
         with pytest.raises(ValueError, match=f"{name}=-1.0"):
-            consistency(circle_field, **{name: -1.0})
+            consistency(exact.field, **{name: -1.0})
 
 
 def test_a_guard_of_the_objective_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -559,6 +574,39 @@ def test_image_cells_need_autoattack(tmp_path: Path, monkeypatch: pytest.MonkeyP
     done = run.invoke(cli.app, command)
     assert (done.exit_code, done.stderr.count("\n")) == (1, 2)  # how many cells are done, and why not this one
     assert "pip install pyautoattack" in done.stderr
+
+
+def test_pictures_show_what_the_tables_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(curves, "over_radius", lambda *arguments: drawn.append(arguments))
+    monkeypatch.setattr(curves, "bars", lambda *arguments: drawn.append(arguments))
+    paths = page.draw(experiments.cells(), RESULTS)
+    assert [path.name for path in paths] == [
+        "digits.png", "digits_changed.png", "mnist.png", "fashionmnist.png", "cifar10.png",
+    ]  # fmt: skip
+    assert page.draw(experiments.cells(), tmp_path) == []  # no results, no pictures
+    table = page.markdown(experiments.cells(only=["digits"]), RESULTS)
+    (title, radii, attacks, single, _), (_, panels, _), *_ = drawn
+    assert (title, radii) == ("digits", (0.0, 0.05, 0.1, 0.2))
+    rows = {row.split(" | ")[0].strip("| "): row.split(" | ") for row in table.splitlines() if " | " in row}
+    for method in contenders.METHODS:
+        clean, low, middle = (page._number(attacks["PGD"][method][n]) for n in range(3))
+        assert [clean, low, middle] == [rows[method][n] for n in (2, 6, 7)]
+        assert page._number(single["AutoAttack"][1][method]) == rows[method][9]
+    for change in experiments.CHANGES:
+        assert page._number(panels["AutoAttack 0.1"][change]) == rows[f"zubov, {change}"][9]
+
+
+def test_pictures_are_drawn(tmp_path: Path) -> None:
+    curves.over_radius(
+        "a",
+        (0.0, 0.1),
+        {"PGD": {"node": [[90.0, 92.0], [40.0]]}},
+        {"Auto": (0.1, {"node": [30.0]})},
+        tmp_path / "a.png",
+    )
+    curves.bars("b", {"clean": {"one": [90.0, 91.0], "other": [80.0]}}, tmp_path / "b.png")
+    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("a.png", "b.png"))
 
 
 def test_tables_of_the_page_are_those_of_the_committed_results() -> None:

@@ -48,7 +48,8 @@ class LayerBound(NamedTuple):
         return {"inf": self.inf, "1": self.one, "2": self.two}[p]
 
 
-def _bound(layer: nn.Module) -> list[LayerBound]:
+def _bound(layer: nn.Module, *, spectral_norms: bool = True) -> list[LayerBound]:
+    """Of the layer, or of each of its Euler steps; without spectral norms, the dearest part, ``two`` is the mean."""
     name = type(layer).__name__
     if isinstance(layer, EulerConvFlow):
         a = layer.negative_slope
@@ -58,7 +59,10 @@ def _bound(layer: nn.Module) -> list[LayerBound]:
             functional.euler_lipschitz_bound(weight, step_size=layer.step_size, slope=slope, p=p).reshape(-1).tolist()
             for p in ("inf", "1")
         ]
-        bounds = zip(*rows_columns, _euler_norm(weight, layer.step_size, slope).reshape(-1).tolist(), strict=True)
+        norms = [math.inf] * len(rows_columns[0])
+        if spectral_norms:
+            norms = _euler_norm(weight, layer.step_size, slope).reshape(-1).tolist()
+        bounds = zip(*rows_columns, norms, strict=True)
         return [
             LayerBound.of_sums(f"{name}, step {k + 1}", *bound)
             for k, bound in enumerate(step for step in bounds for _ in range(count))
@@ -70,8 +74,11 @@ def _bound(layer: nn.Module) -> list[LayerBound]:
         inf = sums.sum(1).max().item()
         if isinstance(layer, nn.Conv2d) and not _counts_once(layer):
             return [LayerBound(name, inf, math.inf, math.inf)]
+        one = sums.sum(0).max().item()
+        if not spectral_norms:
+            return [LayerBound.of_sums(name, inf, one)]
         norm = spectral.convolution_norm if isinstance(layer, nn.Conv2d) else spectral.matrix_norm
-        return [LayerBound.of_sums(name, inf, sums.sum(0).max().item(), norm(layer.weight).item())]
+        return [LayerBound.of_sums(name, inf, one, norm(layer.weight).item())]
     if isinstance(layer, SmoothLeakyReLU):
         steepest = max(1.0, abs(layer.negative_slope))
         return [LayerBound.of_sums(name, steepest, steepest)]
@@ -135,7 +142,7 @@ def lipschitz_radius(model: nn.Module, x: Tensor, y: Tensor, *, p: str, batch_si
     x, y = _network.samples(model, x, y)
     *body, head = _network.layers_of(model)
     _network.same_function(model, [*body, head], x)
-    bounds = [_bound(layer) for layer in body]
+    bounds = [_bound(layer, spectral_norms=p == "2") for layer in body]
     constant = math.prod(bound.of(p) for layer in bounds for bound in layer)
     assert isinstance(head, nn.Linear)
     dual = {"inf": 1.0, "1": torch.inf, "2": 2.0}[p]

@@ -1,4 +1,4 @@
-"""The claims of arXiv 2508.11432 beside what the cells say.
+"""The claims of arXiv 2508.11432 beside what the cells say, and what the cells say of the reasons.
 
 The paper compares a contractive network from its authors' start with a vanilla one from PyTorch's. Every claim is
 therefore held against this comparison and against the one that changes the penalty alone.
@@ -6,46 +6,61 @@ therefore held against this comparison and against the one that changes the pena
 
 from __future__ import annotations
 
+import itertools
+import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from robust_node_fast.reproduce.cell import CellResult
-from robust_node_fast.reproduce.grid import EPS, RATES
+from robust_node_fast.reproduce.grid import EPS, INITS, RATES, STEPS
 
-__all__ = ["RULES", "TRANSFER", "Rows", "Verdict", "accuracies", "pairs", "verdicts"]
+__all__ = ["RULES", "TRANSFER", "Rows", "Verdict", "accuracies", "pairs", "reasons", "verdicts"]
 
 Rows = Mapping[str, Sequence[CellResult]]  # by name; a row that has no cell yet is missing
 
 NOISES = (("gaussian", 0.1), ("gaussian", 0.2), ("gaussian", 0.3), ("salt_and_pepper", 0.05), ("salt_and_pepper", 0.2))
 ATTACKS = tuple((name, eps) for name in ("fgsm", "pgd") for eps in EPS)
 TRANSFER = "pgd on "  # and the name of the network that was attacked
-TRANSFER_AT = 0.1
+TRANSFER_AT = (0.05, 0.1)
 CLOSE = 3.0  # points
+PART = 0.2  # of a claimed gain
+REACHED = 0.99  # of the rate asked for: the rest is rounding
 COMPARED = (
     ("as in the paper", "grid/authors/2", "grid/default/none"),
     ("penalty alone", "grid/default/2", "grid/default/none"),
 )
+# Horizons T = h N of 0.1, the paper's, and 1; and what is looked at there and between initialisations.
+SHORT, LONG = "h 0.01, N 10", "h 0.1, N 10"
+AT_HORIZONS = (("pgd", 0.05), ("certified", 0.02))
+FROM_START = (("gaussian", 0.2), ("pgd", 0.02), ("pgd", 0.05))
 RULES = (
     "Networks are named INITIALISATION/PENALTY: the filters' first values, and the norm of the penalty in training. "
     f"Clean accuracy holds if it is no more than {CLOSE:g} points below 98%. A gain holds if it falls no more than "
-    f"{CLOSE:g} points short of the claimed one, and in part if it is at least {CLOSE:g} points; ± is the standard "
-    "deviation of the difference over seeds. The claims are about "
+    f"{CLOSE:g} points short of the claimed one, and in part if it is at least a fifth of it. Both ask for two seeds "
+    "or more and for a gain in each of them. Otherwise a gain of a fifth or more is within the spread of seeds, or "
+    "rests on one seed only; ± is the standard deviation of the gain over seeds. The claims are about "
     "the best of several tests (up to ...), so the one with the largest gain counts; the smallest gain stands beside "
-    "it. Attacks were transferred from the vanilla network of the same initialisation. The paper's vanilla network has "
-    "another one, from which attacks may transfer less: that was not measured. "
-    f"They do not break a network that keeps half of the images it classifies rightly at l_inf radius {TRANSFER_AT:g} "
-    "(the half is ours); every "
-    "iterate is tried on it, which is harder than the last one alone. A network is insensitive to rho if no two means "
-    f"are more than {CLOSE:g} points apart, of clean images and under Gaussian noise of sigma 0.2, over the seeds that "
-    "every rho has; with one seed that much can be chance. A verdict that rests on fewer than three seeds is not in "
-    "bold."
+    "it. Attacks found on a vanilla network do not break another one at a radius if that one keeps half of the images "
+    "it classifies rightly (the half is ours), in every measurement there is; in part: at one radius and not at the "
+    f"other. The radii are {' and '.join(f'{eps:g}' for eps in TRANSFER_AT)}. The grid has the larger one, on all "
+    "images; suite `full` has both, with five restarts, on the first images only. (Its older cells do not say how "
+    "many of these are right without an attack: the share of all images is taken.) Every iterate is tried, which is "
+    "harder than the last one alone. The vanilla network attacked has the same initialisation. The paper's has "
+    "PyTorch's, from which attacks may transfer less to authors/2: that was not measured. A network is insensitive to "
+    f"rho if no two means are more than {CLOSE:g} points apart, of clean images and under Gaussian noise of sigma 0.2, "
+    "over the seeds that every rho has; with one seed that much can be chance. A verdict that rests on fewer than "
+    "three seeds is not in bold."
 )
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A claim, one comparison, what was found in it, and how that fits: "holds", "in part", "no", or "not measured"."""
+    """A claim, one comparison, what was found in it, and how that fits.
+
+    ``verdict``: "holds", "in part" (of a transfer: with the radii), "no", "within the spread of seeds", "one seed
+    only", or "not measured".
+    """
 
     claim: str
     compared: str
@@ -68,6 +83,13 @@ def pairs(rows: Rows, better: str, than: str, test: str, strength: float = 0.0) 
     """The accuracies of two rows, for every seed that both have."""
     ours, theirs = (accuracies(rows.get(row, ()), test, strength) for row in (better, than))
     return [(ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
+
+
+def reasons(rows: Rows) -> Iterator[str]:
+    """Why the claims come out as they do: horizon and initialisation; nothing on what has no cells."""
+    yield from _guaranteed(rows)
+    yield from _measured_at_horizons(rows)
+    yield from _initialisation(rows)
 
 
 def verdicts(rows: Rows, dataset: str) -> Iterator[Verdict]:
@@ -113,25 +135,56 @@ def _largest_gain(
         gains = [better - worse for better, worse in measured]
         spread = f" ± {statistics.stdev(gains):.1f}" if gains[1:] else ""
         what = f"{ours - theirs:+.1f}{spread} ({_test(*test)}: {ours:.1f}% against {theirs:.1f}%)"
-        found.append((ours - theirs, what))
-    gain, what = max(found)
+        found.append((ours - theirs, what, gains))
+    _, what, best = max(found)
     if len(found) > 1:
         what += f"; the smallest of {len(found)}: {min(found)[1]}"
-    verdict = "holds" if gain >= claimed - CLOSE else "in part" if gain >= CLOSE else "no"
-    return Verdict(claim, compared, len(measured), what, verdict)
+    return Verdict(claim, compared, len(measured), what, _gained(best, claimed))
+
+
+def _gained(gains: Sequence[float], claimed: float) -> str:
+    mean = statistics.fmean(gains)
+    if mean < PART * claimed:
+        return "no"
+    if len(gains) < 2:
+        return "one seed only"
+    if min(gains) <= 0.0:
+        return "within the spread of seeds"
+    return "holds" if mean >= claimed - CLOSE else "in part"
 
 
 def _transfer(rows: Rows, row: str) -> Verdict:
     claim = "attacks found on the vanilla network do not break it"
-    compared = f"same initialisation: {_short(row)}, attacked through {_short(row).split('/')[0]}/none"
-    cells = rows.get(row, ())
-    if not cells:
+    measured = [cells for name in (row, f"full/{_short(row)}") if (cells := rows.get(name))]
+    partners = sorted({cell.settings["partner"]["init"] for cells in measured for cell in cells})
+    compared = f"{_short(row)}, attacked through {' and '.join(f'{init}/none' for init in partners) or 'none'}"
+    found, seeds = [], []
+    fits: dict[bool, list[str]] = {True: [], False: []}
+    for eps in TRANSFER_AT:
+        kept = [_kept(cells, eps) for cells in measured if accuracies(cells, TRANSFER, eps)]
+        if not kept:
+            found.append(f"{eps:g}: not measured")
+            continue
+        holds = all(half for _, half, _ in kept)
+        fits[holds].append(f"{eps:g}")
+        seeds.append(max(number for number, _, _ in kept))
+        found.append(f"{eps:g}: {', '.join(what for _, _, what in kept)}: {'holds' if holds else 'no'}")
+    if not seeds:
         return _missing(claim, compared)
-    clean, left = (
-        statistics.fmean(accuracies(cells, *test).values()) for test in (("clean", 0.0), (TRANSFER, TRANSFER_AT))
-    )
-    found = f"{left:.1f}% of {clean:.1f}% left at {TRANSFER_AT:g}"
-    return Verdict(claim, compared, len(cells), found, "holds" if left >= clean / 2 else "no")
+    both = f"in part: holds at {', '.join(fits[True])}, not at {', '.join(fits[False])}"
+    verdict = both if fits[True] and fits[False] else "holds" if fits[True] else "no"
+    return Verdict(claim, compared, min(seeds), "; ".join(found), verdict)
+
+
+def _kept(cells: Sequence[CellResult], eps: float) -> tuple[int, bool, str]:
+    """Seeds, whether half of what is classified rightly survives the transfer, and the figures."""
+    left = accuracies(cells, TRANSFER, eps)
+    clean = {**accuracies(cells, "clean"), **accuracies(cells, "clean, attacked images")}
+    after, before = (statistics.fmean(accuracy[seed] for seed in left) for accuracy in (left, clean))
+    few = sorted({cell.settings["attack_samples"] for cell in cells}, key=str)
+    images = " or ".join("all images" if number is None else f"first {number} images" for number in few)
+    what = f"{after:.1f}% of {before:.1f}% left ({images}, {_seeds(len(left))})"
+    return len(left), after >= before / 2, what
 
 
 def _insensitive(rows: Rows, init: str) -> Verdict:
@@ -148,7 +201,121 @@ def _insensitive(rows: Rows, init: str) -> Verdict:
         means = [statistics.fmean(accuracy[seed] for seed in seeds) for accuracy in by_seed]
         spreads[_test(*test)] = max(means) - min(means)
     found = ", ".join(f"{test}: {spread:.1f} points apart" for test, spread in spreads.items())
+    reached = {
+        name: statistics.fmean(cell.rate for cell in rows[name] if cell.settings["train"]["seed"] in seeds)
+        for name in names
+    }
+    asked = dict(zip(names, RATES, strict=True))
+    short = [f"`{name}` ({rate:.3g})" for name, rate in reached.items() if rate < REACHED * asked[name]]
+    if short:
+        found += f". Rows whose filters guarantee less than the rate asked for (how much): {', '.join(short)}"
     return Verdict(claim, compared, len(seeds), found, "holds" if max(spreads.values()) <= CLOSE else "no")
+
+
+def _guaranteed(rows: Rows) -> Iterator[str]:
+    """What the rate promises over the horizons of the sweep."""
+    trained = [rows[name][0].settings["train"] for name in (f"steps/2/{SHORT}", f"steps/2/{LONG}") if name in rows]
+    if trained:
+        factors = " and ".join(
+            f"{math.exp(-train['rate'] * _time(train['step_size'], train['n_steps']) / 2):.3f} for "
+            f"T = {_time(train['step_size'], train['n_steps']):g} ({train['n_steps']} steps of {train['step_size']:g})"
+            for train in trained
+        )
+        yield (
+            f"The horizon is short: the penalty asks for rho = {trained[0]['rate']:g}. In the differential equation "
+            "distances then shrink within the time T at least by the factor exp(-rho T / 2), which is "
+            f"{factors}; the paper's horizon is T = 0.1. The Euler steps, of which the network consists, need not "
+            "keep even that."
+        )
+
+
+def _measured_at_horizons(rows: Rows) -> Iterator[str]:
+    """The paper's horizon against the longest one, with the penalty and without; then the ones between."""
+    names = [f"steps/{penalty}/{steps}" for penalty in ("2", "none") for steps in (SHORT, LONG)]
+    shared = _shared_seeds(rows, names, AT_HORIZONS)
+    if shared:
+        found: list[str] = []
+        grows: list[str] = []
+        not_so: list[str] = []
+        for test in AT_HORIZONS:
+            with_short, with_long, short, long = (_mean(rows, name, test, shared) for name in names)
+            found.append(
+                f"{_test(*test)} {with_short:.1f}% at T = 0.1 and {with_long:.1f}% at T = 1 with the penalty, "
+                f"{short:.1f}% and {long:.1f}% without"
+            )
+            at_short, at_long = with_short - short, with_long - long
+            added = f"{_test(*test)} ({at_short:+.1f} points at T = 0.1, {at_long:+.1f} at T = 1)"
+            (grows if at_long > max(at_short, 0.0) else not_so).append(added)
+        trends = [f"grows with T for {' and '.join(grows)}"] if grows else []
+        trends += [f"does not grow with T for {' and '.join(not_so)}"] if not_so else []
+        yield (
+            f"What is measured, 10 steps each, from initialisation default ({_seeds(len(shared))}): "
+            f"{'; '.join(found)}. What the penalty adds {', and '.join(trends)}."
+        )
+    horizons = sorted(STEPS, key=lambda step: _time(*step))
+    names = [f"steps/2/h {step_size:g}, N {n_steps}" for step_size, n_steps in horizons]
+    shared = _shared_seeds(rows, names, AT_HORIZONS[:1])
+    if shared:
+        left = [_mean(rows, name, AT_HORIZONS[0], shared) for name in names]
+        if any(later < earlier for earlier, later in itertools.pairwise(left)):
+            yield (
+                f"It is not the time alone: with the penalty, {_test(*AT_HORIZONS[0])} leaves "
+                f"{', '.join(f'{value:.1f}' for value in left)}% at T = "
+                f"{', '.join(f'{_time(*step):g}' for step in horizons)} (steps of "
+                f"{', '.join(f'{step_size:g}' for step_size, _ in horizons)}; {_seeds(len(shared))})."
+            )
+
+
+def _initialisation(rows: Rows) -> Iterator[str]:
+    """How the paper's gain splits into the start and the penalty, and what the penalty does from every start."""
+    names = ("grid/default/none", "grid/authors/none", "grid/authors/2")
+    shared = _shared_seeds(rows, names, FROM_START)
+    if shared:
+        found, larger = [], []
+        for test in FROM_START:
+            vanilla, start, paper = (_mean(rows, name, test, shared) for name in names)
+            found.append(f"{_test(*test)} {paper - vanilla:+.1f} ({start - vanilla:+.1f} and {paper - start:+.1f})")
+            if start - vanilla > paper - start:
+                larger.append(_test(*test))
+        rate = statistics.fmean(cell.rate for cell in rows[names[1]])
+        yield (
+            "The initialisation: the paper changes two things at once, and its gain in points is that of the authors' "
+            "initialisation without a penalty, plus that of the penalty added to it: "
+            f"{', '.join(found)}. The initialisation gives the larger part of {_listed(larger, len(FROM_START))}."
+            + (f" No contraction is guaranteed without the penalty (rate {rate:.3g})." if rate < 0.0 else "")
+        )
+    test = FROM_START[1]
+    by_start = {
+        init: statistics.fmean(ours - theirs for ours, theirs in both)
+        for init in INITS
+        if (both := pairs(rows, f"grid/{init}/2", f"grid/{init}/none", *test))
+    }
+    if len(by_start) == len(INITS):
+        gains = ", ".join(f"{gain:+.1f} from {init}" for init, gain in by_start.items())
+        yield f"What penalty 2 changes depends on the initialisation: {_test(*test)}, in points: {gains}."
+
+
+def _shared_seeds(rows: Rows, names: Sequence[str], tests: Sequence[tuple[str, float]]) -> list[int]:
+    """Those of which every row has every test."""
+    having = (set(accuracies(rows.get(name, ()), *test)) for name in names for test in tests)
+    return sorted(set.intersection(*having))
+
+
+def _mean(rows: Rows, name: str, test: tuple[str, float], seeds: Sequence[int]) -> float:
+    found = accuracies(rows[name], *test)
+    return statistics.fmean(found[seed] for seed in seeds)
+
+
+def _time(step_size: float, n_steps: int) -> float:
+    return step_size * n_steps
+
+
+def _listed(names: Sequence[str], of: int) -> str:
+    return "all of them" if len(names) == of else " and ".join(names) or "none of them"
+
+
+def _seeds(number: int) -> str:
+    return f"{number} seed{'s' if number > 1 else ''}"
 
 
 def _missing(claim: str, compared: str) -> Verdict:

@@ -82,6 +82,7 @@ STRONGEST: Columns = (
     ),
     *((f"{name} {eps:g}", name, eps) for eps in FULL_EPS for name in ("worst case", "certified")),
 )
+LIMITED = "Attacks ran on the first "  # how the note of a report begins, see robustness.evaluate
 # By how many points a network may fall behind one that it dominates, or has to be ahead.
 CLEAN_MAY_LOSE = 0.5
 DOMINATED = tuple(
@@ -118,7 +119,8 @@ def markdown(cells: Sequence[Cell], results: Mapping[str, CellResult]) -> str:
         "",
         "Written by `rnf reproduce`; `docs/reproduce.md` says what is compared and how it is measured.",
         "",
-        "Accuracy in % on the full test set, mean and standard deviation over training seeds. Noises by their "
+        "Accuracy in % on the full test set (under attack on fewer images where it says so above a table), mean and "
+        "standard deviation over training seeds. Noises by their "
         "strength, attacks by their l_inf radius, where an image that fell at a smaller radius has fallen: accuracies "
         "under PGD cannot rise with it; FGSM's can, as its step may turn a wrong answer right. PGD has 40 steps from "
         "one random start (suite `standard`); transfer: PGD on the network of the same initialisation and seed on the "
@@ -159,17 +161,18 @@ def _dataset(dataset: str, cells: Sequence[Cell], results: Mapping[str, CellResu
         ]
         headings = ("claim", "compared", "seeds", "found", "verdict")
         yield from ("", "### The paper's claims", "", *as_table((headings, *verdicts)), "", claims.RULES)
+        why = [f"- {reason}" for reason in claims.reasons(rows)]
+        yield from ("", "### Why", "", *why) if why else ()
     for part, members in parts.items():
-        if part == "certified":
-            shown = table({row: rows[row] for row in BEATEN if row in rows}, spread=True, columns=STRONGER)
-        elif part == "full":
-            shown = table(members, spread=True, columns=STRONGEST)
-        else:
-            shown = table(members, spread=True)
-        yield from ("", f"### {PARTS[part]}", "", *as_table(shown))
+        compared = {row: rows[row] for row in BEATEN if row in rows} if part == "certified" else members
+        columns = {"certified": STRONGER, "full": STRONGEST}.get(part, COLUMNS)
+        limited = _limited(compared)
+        yield from ("", f"### {PARTS[part]}", "")
+        yield from (limited, "") if limited else ()
+        yield from as_table(table(compared, spread=True, columns=columns))
         if part == "certified":
             yield from (line for paper in BEATEN[1:3] for line in _dominance(rows, paper))
-        yield from (line for note in _notes(members) for line in ("", note))
+        yield from (line for note in _notes(members, said=limited) for line in ("", note))
         for row, cell in ((row, cell) for row, cells in members.items() for cell in cells if not cell.report.reliable):
             yield from ("", f"**{row}, seed {cell.settings['train']['seed']}: {cell.report.verdict}**")
         if part == "grid":
@@ -255,10 +258,21 @@ def _compares_accuracies(cell: CellResult) -> bool:
     return any(check.name.startswith("white box") and "%" in check.detail for check in cell.report.checks)
 
 
-def _notes(rows: Rows) -> Iterator[str]:
-    """Notes of the reports, with the networks' names where not all have it."""
+def _limited(rows: Rows) -> str:
+    """Which columns of a table are of the first images only, if those of all its rows are."""
+    cells = [cell for found in rows.values() for cell in found]
+    shared = set.intersection(*(set(cell.report.notes) for cell in cells))
+    note = next((note for note in shared if note.startswith(LIMITED)), "")
+    return note and (
+        f"{note} In this table the attacks and the worst case are of these images alone; clean accuracy, noises and "
+        f"certified are of all {cells[0].report.n_samples}."
+    )
+
+
+def _notes(rows: Rows, said: str) -> Iterator[str]:
+    """Notes of the reports that were not ``said``, with the networks' names where not all have it."""
     named = {f"{row}, seed {cell.settings['train']['seed']}": cell for row, cells in rows.items() for cell in cells}
-    for note in sorted({note for cell in named.values() for note in cell.report.notes}):
+    for note in sorted({note for cell in named.values() for note in cell.report.notes if note not in said}):
         having = [name for name, cell in named.items() if note in cell.report.notes]
         yield note if len(having) == len(named) else f"{'; '.join(having)}: {note}"
 

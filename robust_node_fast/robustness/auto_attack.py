@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,9 @@ __all__ = ["MISSING", "autoattack", "available", "refusal", "remarks"]
 MISSING = "AutoAttack was not run: no release of its authors' code is installed (pip install pyautoattack)"
 FEWEST_CLASSES = 4  # the targeted loss compares the largest logit with the third and fourth
 SMALLEST_SIDE = 5  # Square divides by the side of a square of 0 pixels
+LOGGER = "auto-attack"  # the authors'
+_TAG = re.compile(r"l_\w+ eps \S+: ")  # what ``_tagged`` puts in front of a remark
+_NUMBER = re.compile(r"(\d+(?:\.\d+)?)(?: to (\d+(?:\.\d+)?))?")  # or a range of them
 
 
 def available() -> bool:
@@ -31,19 +35,57 @@ def available() -> bool:
 
 @contextmanager
 def remarks(found: list[str]) -> Iterator[list[str]]:
-    """``found`` and what the authors' own checks find fault with inside, each once: that gradients vanish, say."""
+    """``found`` and what the authors' own checks find fault with inside: that gradients vanish, say.
+
+    Each once: the checks run for every batch, and what differs from one to the next in numbers alone becomes one remark
+    a radius, with the range of the numbers ("0.45 to 3.80%").
+    """
 
     class Collector(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            if (message := " ".join(record.getMessage().split())) not in found:
-                found.append(message)
+            message = " ".join(record.getMessage().split())
+            for number, other in enumerate(found):
+                if (both := _merged(other, message)) is not None:
+                    found[number] = both
+                    return
+            found.append(message)
 
-    logger, collector = logging.getLogger("auto-attack"), Collector(logging.WARNING)
+    logger, collector = logging.getLogger(LOGGER), Collector(logging.WARNING)
     logger.addHandler(collector)
     try:
         yield found
     finally:
         logger.removeHandler(collector)
+
+
+def _merged(one: str, other: str) -> str | None:
+    """Two remarks as one, each number as the range from the least to the largest; None if more than numbers differ."""
+    tags = [match[0] if (match := _TAG.match(remark)) else "" for remark in (one, other)]
+    bodies = [remark.removeprefix(tag) for remark, tag in zip((one, other), tags, strict=True)]
+    if tags[0] != tags[1] or _NUMBER.sub("#", bodies[0]) != _NUMBER.sub("#", bodies[1]):
+        return None
+    ranges: list[str] = []
+    for pair in zip(*(_NUMBER.finditer(body) for body in bodies), strict=True):
+        ends = sorted((end for match in pair for end in match.groups() if end is not None), key=float)
+        ranges.append(ends[0] if float(ends[0]) == float(ends[-1]) else f"{ends[0]} to {ends[-1]}")
+    each = iter(ranges)
+    return tags[0] + _NUMBER.sub(lambda _: next(each), bodies[0])
+
+
+@contextmanager
+def _tagged(norm: str, eps: float) -> Iterator[None]:
+    """What the authors' code logs inside begins with the ball that was attacked."""
+
+    def tag(record: logging.LogRecord) -> bool:
+        record.msg, record.args = f"l_{norm} eps {eps:g}: {record.getMessage()}", ()
+        return True
+
+    logger = logging.getLogger(LOGGER)
+    logger.addFilter(tag)
+    try:
+        yield
+    finally:
+        logger.removeFilter(tag)
 
 
 def autoattack(
@@ -52,7 +94,8 @@ def autoattack(
     """The standard version: APGD on the cross-entropy, targeted APGD, targeted FAB, Square (Croce & Hein, 2003.01690).
 
     The targeted attacks aim at nine other classes, or at all of them where there are fewer. What the authors' own
-    checks find (a randomised defence, say) is logged as "auto-attack"; ``remarks`` collects it.
+    checks find (a randomised defence, say) is logged as "auto-attack", with norm and radius in front; ``remarks``
+    collects it.
 
     Args:
         model, images, labels, eps, norm: as in ``attacks.fgsm``; in float32, logits of at least four classes.
@@ -74,7 +117,8 @@ def autoattack(
 
     seed = int(torch.randint(2**31, (), generator=generator))
     tracer = sys.gettrace()
-    with _inputs.attacked(model, images, labels), torch.random.fork_rng():  # it seeds the global generators
+    # It seeds the global generators.
+    with _inputs.attacked(model, images, labels), torch.random.fork_rng(), _tagged(norm, eps):
         with torch.no_grad():
             logits = model(images)
         _inputs.check_logits(logits, labels)

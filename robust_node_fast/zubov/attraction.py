@@ -65,6 +65,7 @@ def overlap(first: Tensor, second: Tensor) -> float:
 
 
 def plane(low: Tensor, high: Tensor, side: int) -> Tensor:
-    """A grid of ``side * side`` points over the rectangle from ``low`` to ``high``, row by row: ``(side^2, 2)``."""
-    horizontal, vertical = (torch.linspace(float(a), float(b), side) for a, b in zip(low, high, strict=True))
+    """``side * side`` points of the rectangle from ``low`` to ``high``, both ``(2,)``, row by row: ``(side^2, 2)``."""
+    ends = zip(low, high, strict=True)
+    horizontal, vertical = (torch.linspace(float(a), float(b), side, dtype=low.dtype) for a, b in ends)
     return torch.stack(torch.meshgrid(horizontal, vertical, indexing="xy"), -1).view(-1, 2)

@@ -36,12 +36,12 @@ def plot(
     assert isinstance(untrained, ZubovNet)
     dataset = data.load(config.dataset)
     points, labels = dataset.train_images, dataset.train_labels
-    states = [(each, planar.regions(each, points, side=side)) for each in (untrained, net)]
+    before, after = (planar.regions(each, points, side=side) for each in (untrained, net))
     target = output or run / "regions.png"
     with writing(target.parent):
         title = f"{config.dataset}, step {training.last_step(run)['step']}"
-        picture.before_and_after(title, states, points, labels, target)
-    overlaps = ", ".join(f"{value:.3f}" for value in states[1][1].overlaps)
+        picture.side_by_side(title, {"before training": before, "after training": after}, labels, target)
+    overlaps = ", ".join(f"{value:.3f}" for value in after.overlaps)
     print(f"IoU of prescribed and simulated regions: {overlaps}; wrote {target}")
 
 
@@ -81,8 +81,9 @@ def reproduce(
         )
         done = functools.partial(experiments.read, folder=out_folder)
         for cell, found in training.shared_out(left[:max_cells], done, compute):
-            typer.echo(f"rnf: {cell.part}/{cell.row}, seed {cell.config.seed}: {found['seconds']:.0f} s", err=True)
+            typer.echo(f"rnf: {experiments.label(cell)}: {found['seconds']:.0f} s", err=True)
     with writing(out_folder):
         out_folder.mkdir(parents=True, exist_ok=True)
         replace_file(out_folder / "tables.md", page.markdown(every, out_folder).encode())
-    typer.echo(f"rnf: wrote {out_folder / 'tables.md'}", err=True)
+        drawn = page.draw(every, out_folder)
+    typer.echo(f"rnf: wrote {', '.join(str(path) for path in (out_folder / 'tables.md', *drawn))}", err=True)

@@ -23,13 +23,16 @@ from robust_node_fast.robustness import auto_attack
 from robust_node_fast.training import CheckpointError, Outcome, Refused, RunError, TrainConfig, writing
 from robust_node_fast.training.checkpoint import digest_of_json, replace_file
 from robust_node_fast.training.config import BESIDE_ZUBOV, ZubovConfig
-from robust_node_fast.zubov import contenders, picture, planar
+from robust_node_fast.zubov import contenders, exact, picture, planar
+from robust_node_fast.zubov.attraction import overlap, plane
 from robust_node_fast.zubov.boundary import regions_that_meet
 from robust_node_fast.zubov.certificate import margin_radius
+from robust_node_fast.zubov.derivative import value_and_derivative
+from robust_node_fast.zubov.losses import zubov_residual
 from robust_node_fast.zubov.lyapunov import ConvexLyapunov
 from robust_node_fast.zubov.network import ZubovNet
 
-__all__ = ["PARTS", "Images", "Plane", "cells", "compute", "path_of", "read"]
+__all__ = ["PARTS", "Exact", "Images", "Plane", "cells", "compute", "label", "path_of", "read"]
 
 PROTOCOL = 4  # raised by every change of what a cell's numbers mean
 STILL_GOOD = {2}  # for the networks beside Zubov-Nets: milder checks, the same numbers
@@ -71,7 +74,8 @@ COLLAPSING: dict[str, Any] = {
 # Of the Zubov-Net on digits, one thing each.
 CHANGES: dict[str, dict[str, Any]] = {
     "no consistency": {"consistency": 0.0},
-    "no separation": {"separation": 0.0, "spacing": 0.0},
+    "no separation, no spacing": {"separation": 0.0, "spacing": 0.0},
+    "no spacing": {"spacing": 0.0},
     "no containment": {"containment": 0.0},
     "no exclusion": {"exclusion": 0.0},
     "partial attention": {"attention": "partial"},
@@ -79,6 +83,18 @@ CHANGES: dict[str, dict[str, Any]] = {
     "f of each step": {"shared_weights": False},
     "convolutional flow": {"dynamics": "conv"},
 }
+
+
+@dataclass(frozen=True)
+class Exact:
+    """The system whose regions and decay are known in closed form, no network: the unit disc."""
+
+    row = "exact system"
+    part = "plane"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"row": self.row}
 
 
 @dataclass(frozen=True)
@@ -125,7 +141,7 @@ class Images:
         return self.eps[len(self.eps) // 2]
 
 
-Cell = Plane | Images
+Cell = Exact | Plane | Images
 
 
 def cells(*, seeds: int = 3, only: Sequence[str] = (), steps: int | None = None) -> list[Cell]:
@@ -152,18 +168,21 @@ def cells(*, seeds: int = 3, only: Sequence[str] = (), steps: int | None = None)
     return found if steps is None else [_with_steps(cell, steps) for cell in found]
 
 
-def _in_the_plane() -> Iterator[Plane]:
+def _in_the_plane() -> Iterator[Exact | Plane]:
     def row(name: str, dataset: str, steps: int = 4000, **zubov: Any) -> Plane:
         return Plane(name, TrainConfig.recipe(dataset, "zubov", steps=steps, zubov=zubov))
 
+    yield Exact()
     yield row("blobs", "blobs")
     yield row("moons, mlp", "moons", backbone="mlp")
     yield row("blobs3", "blobs3")
     yield row("rings, mlp", "rings", backbone="mlp")
-    # What follows is shorter. Of the last problem a row differs from "blobs3, short" in one thing each.
-    yield row("moons, identity", "moons", 800)
-    yield row("moons, identity, no separation", "moons", 800, separation=0.0)
-    yield row("rings, identity", "rings", 800)
+    yield row("moons, mlp, no separation", "moons", backbone="mlp", separation=0.0)
+    yield row("rings, mlp, no separation", "rings", backbone="mlp", separation=0.0)
+    yield row("moons, identity", "moons")
+    yield row("moons, identity, no separation", "moons", separation=0.0)
+    yield row("rings, identity", "rings")
+    # What follows is shorter. A row differs from the first in one thing each.
     yield row("blobs3, short", "blobs3", 800)
     yield row("blobs3, partial attention", "blobs3", 800, attention="partial")
     for loss in ("consistency", "classification", "separation"):
@@ -189,18 +208,34 @@ def _on_images(seeds: int) -> Iterator[Images]:
 
 
 def _with_steps(cell: Cell, steps: int) -> Cell:
-    return dataclasses.replace(cell, config=dataclasses.replace(cell.config, steps=steps))
+    return (
+        cell
+        if isinstance(cell, Exact)
+        else dataclasses.replace(cell, config=dataclasses.replace(cell.config, steps=steps))
+    )
 
 
 def path_of(cell: Cell, folder: Path) -> Path:
-    """The cell's file; its name has the row, the seed and a digest of the settings.
+    """The cell's file; a network's name has the row, the seed and a digest of the settings.
 
     Other settings give another name, a setting that is new and at its default does not.
     """
+    row = cell.row.replace(", ", "-").replace(" ", "_")
+    if isinstance(cell, Exact):
+        return folder / cell.part / f"{row}.json"
     settings = {**cell.settings, "train": cell.config.departures()}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-    row = cell.row.replace(", ", "-").replace(" ", "_")
     return folder / cell.part / f"{row}-seed{cell.config.seed}-{digest}.json"
+
+
+def label(cell: Cell) -> str:
+    """What a cell is called while it is computed."""
+    return f"{cell.part}/{cell.row}" + ("" if isinstance(cell, Exact) else f", seed {cell.config.seed}")
+
+
+def _command(cell: Cell) -> str:
+    of_a_network = "" if isinstance(cell, Exact) else f" --seeds {cell.config.seed + 1} --steps {cell.config.steps}"
+    return f"rnf reproduce zubov --only '{cell.part}/{cell.row}'{of_a_network}"
 
 
 def read(cell: Cell, folder: Path) -> dict[str, Any] | None:
@@ -210,7 +245,7 @@ def read(cell: Cell, folder: Path) -> dict[str, Any] | None:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content.pop("sha256") != digest_of_json(content):
             reason = "was altered: its content does not match its SHA-256"
-        elif content["protocol"] not in {PROTOCOL, *(STILL_GOOD if cell.config.model != "zubov" else ())}:
+        elif content["protocol"] not in {PROTOCOL, *(STILL_GOOD if _beside(cell) else ())}:
             reason = f"is of protocol {content['protocol']}, this is {PROTOCOL}"
         elif not _has(cell, content["settings"]):
             reason = "has other settings than its name stands for"
@@ -224,8 +259,14 @@ def read(cell: Cell, folder: Path) -> dict[str, Any] | None:
     return None
 
 
+def _beside(cell: Cell) -> bool:
+    return not isinstance(cell, Exact) and cell.config.model != "zubov"
+
+
 def _has(cell: Cell, settings: dict[str, Any]) -> bool:
     """Whether these are the cell's settings; training settings that they do not know yet count as the defaults."""
+    if isinstance(cell, Exact):
+        return settings == cell.settings
     train = TrainConfig(**settings["train"])
     if train.model != "zubov":  # files of before have what concerns Lyapunov functions alone
         shared = {name: getattr(train.zubov, name) for name in BESIDE_ZUBOV}
@@ -258,26 +299,10 @@ def compute(
     start = time.perf_counter()
     with writing(folder):
         path.parent.mkdir(parents=True, exist_ok=True)
-    dataset = data.load(cell.config.dataset, data_root)
-    run = work / f"{cell.part}-{path.stem}"
-    before = _before(cell, dataset) if isinstance(cell, Plane) else None
-    found: dict[str, Any] = {"refused": None} if before is None else {"before": _describe(before[1]), "refused": None}
-    try:
-        net, outcome = _trained(cell, run, dataset, on_progress)
-    except Refused as error:  # what a guard says is the result
-        found["refused"] = str(error)
-    else:
-        found |= {"last_step": training.last_step(run), "train_seconds": outcome.seconds}
-        with training.alone(run):
-            if isinstance(cell, Images):
-                found |= _evaluated(cell, net, dataset, on_progress)
-            else:
-                assert before is not None
-                found["after"] = _after(cell, before, net, outcome, dataset, path.with_suffix(".png"))
+    found = _exact(cell, path) if isinstance(cell, Exact) else _of_a_network(cell, path, work, on_progress, data_root)
     content = {
         "protocol": PROTOCOL,
-        "command": f"rnf reproduce zubov --only '{cell.part}/{cell.row}' --seeds {cell.config.seed + 1} "
-        f"--steps {cell.config.steps}",
+        "command": _command(cell),
         "settings": cell.settings,
         "versions": {"robust_node_fast": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "machine": machine(),
@@ -290,11 +315,51 @@ def compute(
     return content
 
 
-def _label(cell: Cell) -> str:
-    return f"{cell.part}/{cell.row}, seed {cell.config.seed}"
+def _exact(cell: Exact, path: Path) -> dict[str, Any]:
+    """How far ours are from the closed form, in float64: V, dV/dt, V(t) and the regions; draws the last."""
+    lyapunov, rate = exact.lyapunov(), exact.RATE
+    states = torch.randn(1000, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    value, derivative = value_and_derivative(lyapunov, states, exact.field(states))
+    square = states.square().sum(1, keepdim=True)
+    residual = zubov_residual(value, derivative, rate=rate).detach()
+    regions = planar.regions_of(lyapunov, exact.field, states[:0])
+    grid = plane(regions.low, regions.high, regions.side)
+    picture.side_by_side(cell.row, {"": regions}, torch.zeros(0, dtype=torch.int64), path.with_suffix(".png"))
+    return {
+        "refused": None,
+        "value_error": float((value.detach() / square - 1.0).abs().max()),
+        "residual": float((residual / (square * (1.0 + square))).abs().max()),
+        "decay_error": exact.decay_error(lyapunov),
+        "iou": regions.overlaps,
+        "iou_with_the_disc": [overlap(found, grid.square().sum(1) < 1.0) for found in regions.attracted],
+    }
 
 
-def _trained(cell: Cell, run: Path, dataset: data.Dataset, on_progress: OnProgress) -> tuple[nn.Module, Outcome]:
+def _of_a_network(
+    cell: Plane | Images, path: Path, work: Path, on_progress: OnProgress, data_root: Path | None
+) -> dict[str, Any]:
+    dataset = data.load(cell.config.dataset, data_root)
+    run = work / f"{cell.part}-{path.stem}"
+    before = _before(cell, dataset) if isinstance(cell, Plane) else None
+    found: dict[str, Any] = {"refused": None} if before is None else {"before": _describe(before), "refused": None}
+    try:
+        net, outcome = _trained(cell, run, dataset, on_progress)
+    except Refused as error:  # what a guard says is the result
+        found["refused"] = str(error)
+    else:
+        found |= {"last_step": training.last_step(run), "train_seconds": outcome.seconds}
+        with training.alone(run):
+            if isinstance(cell, Images):
+                found |= _evaluated(cell, net, dataset, on_progress)
+            else:
+                assert before is not None
+                found["after"] = _after(cell, before, net, outcome, dataset, path.with_suffix(".png"))
+    return found
+
+
+def _trained(
+    cell: Plane | Images, run: Path, dataset: data.Dataset, on_progress: OnProgress
+) -> tuple[nn.Module, Outcome]:
     """The network of the cell's run, brought to its end: from its start, from its checkpoint, or there already."""
     with training.writing(run):
         run.mkdir(parents=True, exist_ok=True)
@@ -302,22 +367,22 @@ def _trained(cell: Cell, run: Path, dataset: data.Dataset, on_progress: OnProgre
             training.prepare(cell.config, run, resume=True)
     try:
         outcome = training.fit(
-            run, dataset, on_step=lambda step, total, _: on_progress(f"{_label(cell)}: step {step} of {total}")
+            run, dataset, on_step=lambda step, total, _: on_progress(f"{label(cell)}: step {step} of {total}")
         )
     except CheckpointError as error:
         raise CheckpointError(f"{error}; delete {run} to train this network again") from error
     return training.load_model(run)[0], outcome
 
 
-def _before(cell: Plane, dataset: data.Dataset) -> tuple[ZubovNet, planar.Regions]:
+def _before(cell: Plane, dataset: data.Dataset) -> planar.Regions:
     untrained = cell.config.initial_model()
     assert isinstance(untrained, ZubovNet)
-    return untrained, planar.regions(untrained, dataset.train_images)
+    return planar.regions(untrained, dataset.train_images)
 
 
 def _after(
     cell: Plane,
-    before: tuple[ZubovNet, planar.Regions],
+    before: planar.Regions,
     net: nn.Module,
     outcome: Outcome,
     dataset: data.Dataset,
@@ -329,7 +394,8 @@ def _after(
     regions = planar.regions(net, points)
     with torch.no_grad():
         own = net.lyapunov(net.features(dataset.test_images)).gather(1, dataset.test_labels[:, None])
-    picture.before_and_after(cell.row, [before, (net, regions)], points, dataset.train_labels, image)
+    rows = {"before training": before, "after training": regions}
+    picture.side_by_side(cell.row, rows, dataset.train_labels, image)
     return {
         **_describe(regions),
         "iou_in_the_networks_steps": planar.regions(net, points, step_size=net.dynamics.step_size).overlaps,
@@ -361,7 +427,7 @@ def _evaluated(cell: Images, net: nn.Module, dataset: data.Dataset, on_progress:
         certify=training.certificate(net),
         attack_samples=cell.attacked,
         batch_size=256,
-        on_batch=lambda done: on_progress(f"{_label(cell)}: {done} images evaluated"),
+        on_batch=lambda done: on_progress(f"{label(cell)}: {done} images evaluated"),
     )
     images, labels = (tensor[: cell.attacked] for tensor in test)
     with torch.no_grad():
@@ -407,7 +473,7 @@ def _margin_attack(net: nn.Module, images: Tensor, labels: Tensor, eps: float, s
 
 def _autoattack(net: nn.Module, images: Tensor, labels: Tensor, cell: Images, on_progress: OnProgress) -> float:
     """Accuracy under AutoAttack on the first images."""
-    on_progress(f"{_label(cell)}: AutoAttack")
+    on_progress(f"{label(cell)}: AutoAttack")
     generator = torch.Generator().manual_seed(cell.config.seed)
     found = robustness.autoattack(net, images, labels, cell.middle, generator=generator)
     with torch.no_grad():

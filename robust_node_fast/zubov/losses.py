@@ -82,8 +82,9 @@ def zubov_losses(
         n_rays: rays of each class, rounded up to a multiple of N.
         reach: the shares go up to ``1 + reach``, >= 0. A trajectory from outside may cross a boundary on whose inner
             side alone the equation holds: then more is attracted than is prescribed.
-        floor: divide residuals by ``V + floor``, > 0. Near ``x*`` all terms of the equation are as small as V, and
-            their squares say next to nothing about how fast, and whether, states arrive. None: the equation as it is.
+        floor: divide residuals by ``V + floor``, > 0, gradients and all. Near ``x*`` all terms of the equation are as
+            small as V, and their squares say next to nothing about how fast, and whether, states arrive. None: the
+            equation as it is.
         generator: of rays and shares.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The tables of docs/zubov.md, from the committed results alone; what was not run is said to be not measured."""
+"""Tables and curves of docs/zubov.md, from the committed results alone; what was not run is said to be not measured."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from robust_node_fast.zubov import experiments
-from robust_node_fast.zubov.experiments import Cell, Images, Plane
+from robust_node_fast.zubov import contenders, curves, experiments
+from robust_node_fast.zubov.experiments import Cell, Exact, Images, Plane
 
-__all__ = ["markdown"]
+__all__ = ["draw", "markdown"]
 
 MISSING = "not measured"
 Columns = tuple[tuple[str, str, float], ...]
@@ -35,9 +35,54 @@ def _columns(part: str) -> Columns:
     )
 
 
+ATTACKS = {"fgsm": "FGSM", "pgd": "PGD", "margin": "PGD on the margin"}
+
+
+def draw(cells: Sequence[Cell], folder: Path) -> list[Path]:
+    """A PNG in ``folder`` for every part on images, and one for what is changed: those of which there are results."""
+    drawn = []
+    for part in experiments.PARTS[1:]:
+        images = [cell for cell in cells if isinstance(cell, Images) and cell.part == part]
+        rows = {row: _ended(images, row, folder) for row in dict.fromkeys(cell.row for cell in images)}
+        methods = {row: found for row, found in rows.items() if found and ", " not in row}
+        if methods:
+            radii = (0.0, *experiments.EPS[part])
+            series = {
+                attack: {
+                    method: [_all(found, *(("clean", 0.0) if eps == 0.0 else (name, eps))) for eps in radii]
+                    for method, found in methods.items()
+                }
+                for name, attack in ATTACKS.items()
+            }
+            strongest = {method: _all(found, "autoattack", radii[2]) for method, found in methods.items()}
+            drawn.append(folder / f"{part}.png")
+            curves.over_radius(part, radii, series, {"AutoAttack": (radii[2], strongest)}, drawn[-1])
+        changed = {row.partition(", ")[2] or "all of it": found for row, found in rows.items() if found}
+        changed = {row: found for row, found in changed.items() if row not in contenders.METHODS}
+        if len(changed) > 1:
+            chosen = [column for column in _columns(part) if column[1] in ("clean", "autoattack", "pgd")]
+            bars = {heading: {row: _all(f, name, at) for row, f in changed.items()} for heading, name, at in chosen}
+            drawn.append(folder / f"{part}_changed.png")
+            curves.bars(f"Zubov-Nets on {part} with one thing changed", bars, drawn[-1])
+    return drawn
+
+
+def _ended(cells: Sequence[Images], row: str, folder: Path) -> Results:
+    found = _found([cell for cell in cells if cell.row == row], folder)
+    return [result for result in found if not result["refused"]]
+
+
+def _all(found: Results, name: str, strength: float) -> list[float]:
+    """In %, of every seed."""
+    return [100.0 * value for result in found if (value := _value(result, name, strength)) is not None]
+
+
 def markdown(cells: Sequence[Cell], folder: Path) -> str:
     """The tables of these cells, one below the other."""
     parts = []
+    for cell in cells:
+        if isinstance(cell, Exact):
+            parts.append(["### A system that is solved", "", *_exact(cell, folder)])
     plane = [cell for cell in cells if isinstance(cell, Plane)]
     if plane:
         parts.append(["### In the plane", "", *_plane(plane, folder)])
@@ -50,6 +95,17 @@ def markdown(cells: Sequence[Cell], folder: Path) -> str:
             changed = [cell for cell in images if cell.config.model == "zubov"]
             parts.append([f"### {part}, with one thing changed", "", *_images(changed, folder)])
     return "\n\n".join("\n".join(lines) for lines in parts) + "\n"
+
+
+def _exact(cell: Exact, folder: Path) -> Iterator[str]:
+    yield "| | V, relative error | residual of the equation | V(t), error | IoU | IoU of simulated and disc |"
+    yield "|---" * 6 + "|"
+    found = experiments.read(cell, folder)
+    numbers = [MISSING] * 5
+    if found is not None:
+        errors = [f"{found[name]:.0e}" for name in ("value_error", "residual", "decay_error")]
+        numbers = [*errors, _iou(found["iou"]), _iou(found["iou_with_the_disc"])]
+    yield f"| {cell.row} | {' | '.join(numbers)} |"
 
 
 def _plane(cells: Sequence[Plane], folder: Path) -> Iterator[str]:
@@ -102,19 +158,18 @@ def _images(cells: Sequence[Images], folder: Path) -> Iterator[str]:
 
 
 def _accuracies(rows: Mapping[str, Results], columns: Columns) -> Iterator[str]:
-    yield f"| method | seeds | {' | '.join(heading for heading, _, _ in columns)} | checks held | s / step |"
-    yield "|---" * (len(columns) + 4) + "|"
+    yield f"| method | seeds | {' | '.join(heading for heading, _, _ in columns)} | checks held |"
+    yield "|---" * (len(columns) + 3) + "|"
     for method, ended in rows.items():
         found = [result for result in ended if not result["refused"]]
         if not found:
             what = f"stopped: {ended[0]['refused']}"
-            yield f"| {method} | 0 | {' | '.join([what, *[MISSING] * (len(columns) + 1)])} |"
+            yield f"| {method} | 0 | {' | '.join([what, *[MISSING] * len(columns)])} |"
             continue
         stopped = f" ({len(ended) - len(found)} stopped)" if len(ended) > len(found) else ""
         values = [_percent([v for r in found if (v := _value(r, name, at)) is not None]) for _, name, at in columns]
         held = sum(r["report"]["reliable"] for r in found)
-        seconds = statistics.fmean(r["train_seconds"] / r["settings"]["train"]["steps"] for r in found)
-        yield f"| {method} | {len(found)}{stopped} | {' | '.join(values)} | {held} of {len(found)} | {seconds:.3f} |"
+        yield f"| {method} | {len(found)}{stopped} | {' | '.join(values)} | {held} of {len(found)} |"
 
 
 def _regions(rows: Mapping[str, Results]) -> Iterator[str]:
@@ -127,7 +182,7 @@ def _regions(rows: Mapping[str, Results]) -> Iterator[str]:
         "stays": "in own region at time 40",
         "arrives": "own V < 0.1 at time 40",
     }
-    of_the_network = "pairs of regions that meet | median certified radius"
+    of_the_network = "pairs of regions that meet between their equilibria | median certified radius"
     yield f"| states of a Zubov-Net | {' | '.join(shares.values())} | {of_the_network} |"
     yield "|---" * (len(shares) + 3) + "|"
     for row, found in rows.items():
@@ -155,8 +210,12 @@ def _value(found: Mapping[str, Any], name: str, strength: float) -> float | None
 def _percent(values: Sequence[float]) -> str:
     if not values:
         return MISSING
-    spread = f" ± {100.0 * statistics.stdev(values):.1f}" if values[1:] else ""
-    return f"{100.0 * statistics.fmean(values):.1f}{spread}"
+    return _number([100.0 * value for value in values])
+
+
+def _number(percent: Sequence[float]) -> str:
+    spread = f" ± {statistics.stdev(percent):.1f}" if percent[1:] else ""
+    return f"{statistics.fmean(percent):.1f}{spread}"
 
 
 def _iou(values: Sequence[float]) -> str:

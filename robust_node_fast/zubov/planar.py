@@ -1,7 +1,8 @@
-"""Zubov-Nets in the plane: their prescribed and simulated regions on a grid."""
+"""In the plane: prescribed and simulated regions on a grid, of a network or of any other system."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,20 +10,26 @@ from torch import Tensor
 
 from robust_node_fast.zubov.attraction import attracted_to, overlap, plane
 from robust_node_fast.zubov.boundary import sample_boundary
+from robust_node_fast.zubov.lyapunov import ConvexLyapunov
 from robust_node_fast.zubov.network import ZubovNet
 
-__all__ = ["Regions", "regions"]
+__all__ = ["Regions", "regions", "regions_of"]
 
 
 @dataclass(frozen=True)
 class Regions:
-    """Prescribed and simulated regions on a grid of states, class by class: bool ``(K, side^2)``."""
+    """Prescribed and simulated regions on a grid over the rectangle from ``low`` to ``high``, both ``(2,)``.
+
+    ``prescribed``, ``attracted``: bool ``(K, side^2)``; ``equilibria`` ``(K, 2)``; ``states`` ``(M, 2)`` of the data.
+    """
 
     low: Tensor
     high: Tensor
     side: int
     prescribed: Tensor
     attracted: Tensor
+    equilibria: Tensor
+    states: Tensor
 
     @property
     def overlaps(self) -> list[float]:
@@ -38,24 +45,43 @@ class Regions:
 
 @torch.no_grad()
 def regions(net: ZubovNet, points: Tensor, *, side: int = 101, step_size: float = 0.025) -> Regions:
-    """Both kinds of regions of a network of states in the plane, over all boundaries and the ``points``' states.
-
-    The simulation covers 40 units of time; ``step_size`` is its own: the region of attraction is that of ``dx/dt = f``.
+    """``regions_of`` a network, over the states that its backbone makes of the ``points``.
 
     Raises:
         ValueError: the right-hand side changes from step to step: there is no f whose region it would be.
     """
     if not net.dynamics.shared_weights:
         raise ValueError("net.dynamics has weights of its own for every step, expected shared ones: dx/dt = f(x)")
-    generator = torch.Generator().manual_seed(0)
-    boundary = sample_boundary(net.lyapunov, 256, generator=generator)
-    around = torch.cat([boundary.flatten(0, 1), net.features(points)])
+    states = net.features(points)
+    return regions_of(net.lyapunov, lambda x: net.vector_field(x[None])[0], states, side=side, step_size=step_size)
+
+
+@torch.no_grad()
+def regions_of(
+    lyapunov: ConvexLyapunov,
+    vector_field: Callable[[Tensor], Tensor],
+    states: Tensor,
+    *,
+    side: int = 101,
+    step_size: float = 0.025,
+) -> Regions:
+    """``{V_k < 1}`` and what ``dx/dt = f`` brings to ``x*_k``, over all boundaries, the states and a quarter more.
+
+    Args:
+        lyapunov: K functions in the plane.
+        vector_field: autonomous f, ``(M, 2) -> (M, 2)``.
+        states: ``(M, 2)``; none will do.
+        side: points along each side of the grid.
+        step_size: of the simulation, which covers 40 units of time.
+
+    Raises:
+        TypeError, ValueError: as ``sample_boundary`` and ``attracted_to``.
+    """
+    boundary = sample_boundary(lyapunov, 256, generator=torch.Generator().manual_seed(0))
+    around = torch.cat([boundary.flatten(0, 1), states])
     low, high = around.amin(0), around.amax(0)
     low, high = low - 0.25 * (high - low), high + 0.25 * (high - low)
-    grid = plane(low, high, side)
-    equilibria = net.lyapunov.equilibria
-    end = attracted_to(
-        lambda x: net.vector_field(x[None])[0], grid, equilibria, step_size=step_size, n_steps=round(40.0 / step_size)
-    )
+    grid, equilibria = plane(low, high, side), lyapunov.equilibria.detach()
+    end = attracted_to(vector_field, grid, equilibria, step_size=step_size, n_steps=round(40.0 / step_size))
     classes = torch.arange(len(equilibria))[:, None]
-    return Regions(low, high, side, net.lyapunov(grid).T < 1.0, end == classes)
+    return Regions(low, high, side, lyapunov(grid).T < 1.0, end == classes, equilibria, states)

@@ -1,7 +1,7 @@
 """The straightforward versions: a loop over classes with ``autograd.grad``, a loop over rays with bisection.
 
-The oracle of the tests and what the benchmark compares with. Nothing in it is clever, and nothing of the fast versions
-is used but the parameters.
+The oracle of the tests and what the benchmark compares with. Nothing of the fast versions is used but the parameters,
+and nothing in it is clever; but what does not depend on the state is worked out once for a class, as anyone would.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from robust_node_fast.zubov.lyapunov import ConvexLyapunov
 
-__all__ = ["sample_boundary", "value", "value_and_derivative"]
+__all__ = ["ClassValue", "sample_boundary", "value", "value_and_derivative"]
 
 
 class _Network:
@@ -49,17 +49,26 @@ def value(lyapunov: ConvexLyapunov, x: Tensor) -> Tensor:
     return torch.stack([class_value(lyapunov, k, x) for k in range(lyapunov.num_classes)], 1)
 
 
+class ClassValue:
+    """``V_k``, with all that does not depend on the state worked out: ``(B, dim) -> (B,)``."""
+
+    def __init__(self, lyapunov: ConvexLyapunov, k: int) -> None:
+        with torch.enable_grad():
+            self.g, self.equilibrium, self.eps = _Network(lyapunov, k), lyapunov.equilibria[k], lyapunov.eps
+            point = self.equilibrium.clone()
+            if not point.requires_grad:
+                point.requires_grad_()
+            self.base = self.g(point[None])
+            (self.gradient,) = torch.autograd.grad(self.base, point, create_graph=True)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        offset = x - self.equilibrium
+        return self.g(x) - self.base - offset @ self.gradient + self.eps * offset.square().sum(1)
+
+
 def class_value(lyapunov: ConvexLyapunov, k: int, x: Tensor) -> Tensor:
     """``V_k`` at ``(B, dim)``: ``(B,)``."""
-    g, equilibrium = _Network(lyapunov, k), lyapunov.equilibria[k]
-    with torch.enable_grad():
-        point = equilibrium.clone()
-        if not point.requires_grad:
-            point.requires_grad_()
-        base = g(point[None])
-        (gradient,) = torch.autograd.grad(base, point, create_graph=True)
-    offset = x - equilibrium
-    return g(x) - base - offset @ gradient + lyapunov.eps * offset.square().sum(1)
+    return ClassValue(lyapunov, k)(x)
 
 
 def value_and_derivative(lyapunov: ConvexLyapunov, x: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,18 +97,19 @@ def sample_boundary(
     directions = directions / torch.linalg.vector_norm(directions, dim=-1, keepdim=True)
     points = []
     for k in range(lyapunov.num_classes):
+        own = ClassValue(lyapunov, k)
         for u in directions[k]:
             with torch.no_grad():
                 low, high = 0.0, 1.0
-                while class_value(lyapunov, k, (like[k] + high * u)[None]) <= level:
+                while own((like[k] + high * u)[None]) <= level:
                     low, high = high, 2.0 * high
                 for _ in range(24 if like.dtype == torch.float32 else 53):
                     middle = 0.5 * (low + high)
-                    inside = bool(class_value(lyapunov, k, (like[k] + middle * u)[None]) <= level)
+                    inside = bool(own((like[k] + middle * u)[None]) <= level)
                     low, high = (middle, high) if inside else (low, middle)
             x = like[k] + high * u
             leaf = x.detach().requires_grad_()
-            (gradient,) = torch.autograd.grad(class_value(lyapunov, k, leaf[None]).sum(), leaf)
-            v = class_value(lyapunov, k, x[None]).squeeze()
+            (gradient,) = torch.autograd.grad(own(leaf[None]).sum(), leaf, retain_graph=True)
+            v = own(x[None]).squeeze()
             points.append(x - u * (v - v.detach()) / (gradient @ u))  # the implicit function theorem
     return torch.stack(points).view(shape)
