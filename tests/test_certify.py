@@ -854,3 +854,19 @@ def test_activations_that_fall_have_all_certificates(negative_slope: float) -> N
     assert (radius > 0).all()
     assert (worst_found(model, x, y, radius, steps=10) > 0).all()
     assert (certify.l2_radius(model, x, y) > 0).all()
+
+
+def test_in_l2_the_better_of_both_bounds_counts() -> None:
+    """Bound E's radius holds in l_2, as no perturbation is larger in l_inf than in l_2; neither bound always wins."""
+    for gain, steps in ((0.2, 1), (1.0, 3)):
+        model, x = small_network(gain=gain, n_steps=steps), samples(32)
+        y = model(x).argmax(1)
+        by_constants, by_box = certify.l2_radius(model, x, y), certify.linf_radius(model, x, y)
+        better = torch.maximum(by_constants, by_box)
+        eps = float(better.median())
+        found = certify.summarise(model, x, y, eps=(eps,), norm="l2")
+        assert found.radius_mean == pytest.approx(float(better.mean()))
+        assert found.certified[eps] >= 0.5
+        assert found.radius_mean > max(float(by_constants.mean()), float(by_box.mean())) - 1e-9
+        broken = worst_found(model, x, y, better[:, None, None, None] / x[0].numel() ** 0.5)  # a box within the ball
+        assert (broken > 0).all()

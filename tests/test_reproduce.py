@@ -23,7 +23,7 @@ from typer.testing import CliRunner, Result
 
 from robust_node_fast import cli, data, reproduce, robustness, training
 from robust_node_fast.reproduce import cell as cell_module
-from robust_node_fast.reproduce import claims, grid, summary
+from robust_node_fast.reproduce import claims, grid, plot, summary
 from robust_node_fast.robustness import auto_attack, suite, tally
 from robust_node_fast.training import TrainConfig, objective
 from robust_node_fast.training.checkpoint import digest_of_json
@@ -990,3 +990,16 @@ def test_the_committed_page_on_cifar_is_what_the_committed_cells_say() -> None:
     results = {name: result for name, result in found.items() if result is not None}
     assert len(results) == len(cells)
     assert reproduce.cifar_markdown(cells, results, "cifar.png") == (docs / "cifar.md").read_text()
+
+
+def test_the_picture_draws_hollow_where_a_check_failed() -> None:
+    """At the radius that the check names; those at the smaller ones stay full."""
+    (cell,) = reproduce.cells("mnist", seeds=1, only=["certified"])
+    result = made_up(cell, lambda name, strength: 0.9)
+    checks = (
+        robustness.Check("white box <= square at l_inf eps 0.3", False, ""),
+        robustness.Check("white box <= pgd on vanilla at l_inf eps 0.2", True, ""),
+        robustness.Check("eps 0 = clean", False, ""),
+    )
+    failed = dataclasses.replace(result, report=dataclasses.replace(result.report, checks=checks))
+    assert plot._failed_at([result, failed]) == {0.3}
