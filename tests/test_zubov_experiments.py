@@ -593,6 +593,7 @@ def test_pictures_show_what_the_tables_say(tmp_path: Path, monkeypatch: pytest.M
         clean, low, middle = (page._number(attacks["PGD"][method][n]) for n in range(3))
         assert [clean, low, middle] == [rows[method][n] for n in (2, 6, 7)]
         assert page._number(single["AutoAttack"][1][method]) == rows[method][9]
+    assert page._number(panels["AutoAttack 0.1"]["all of it"]) == rows["zubov"][9]
     for change in experiments.CHANGES:
         assert page._number(panels["AutoAttack 0.1"][change]) == rows[f"zubov, {change}"][9]
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from robust_node_fast.zubov import contenders, curves, experiments
+from robust_node_fast.zubov import curves, experiments
 from robust_node_fast.zubov.experiments import Cell, Exact, Images, Plane
 
 __all__ = ["draw", "markdown"]
@@ -57,8 +57,8 @@ def draw(cells: Sequence[Cell], folder: Path) -> list[Path]:
             strongest = {method: _all(found, "autoattack", radii[2]) for method, found in methods.items()}
             drawn.append(folder / f"{part}.png")
             curves.over_radius(part, radii, series, {"AutoAttack": (radii[2], strongest)}, drawn[-1])
-        changed = {row.partition(", ")[2] or "all of it": found for row, found in rows.items() if found}
-        changed = {row: found for row, found in changed.items() if row not in contenders.METHODS}
+        of_zubov_nets = {row: found for row, found in rows.items() if found and row.split(", ")[0] == "zubov"}
+        changed = {row.partition(", ")[2] or "all of it": found for row, found in of_zubov_nets.items()}
         if len(changed) > 1:
             chosen = [column for column in _columns(part) if column[1] in ("clean", "autoattack", "pgd")]
             bars = {heading: {row: _all(f, name, at) for row, f in changed.items()} for heading, name, at in chosen}
