@@ -1,6 +1,6 @@
 """What certificates cost, in forward passes of the same network; with --run, how much they certify. Writes a CSV.
 
-    RNF_DATA_ROOT=... python bench/certify.py [--threads 1] [--output bench/results/certify.csv]
+    RNF_DATA_ROOT=... python bench/certify.py [--threads 1] [--samples 10000] [--output bench/results/certify.csv]
     RNF_DATA_ROOT=... python bench/certify.py --run RUN [--run ...] [--output bench/results/certificates.csv]
 
 Cost: the network of the papers (8 channels, 10 Euler steps) and that of the recipe ``certified``, on the first MNIST
