@@ -112,6 +112,7 @@ def test_a_setting_makes_a_cell() -> None:
     assert [cell.row for cell in found if cell.config == swept.config] == [
         "grid/default/2",
         *same,
+        "strict/default/2",
         "full/default/2",
     ]  # one network
     others = [
@@ -156,18 +157,24 @@ def test_the_full_suite_is_a_cell_of_its_own(tmp_path: Path, monkeypatch: pytest
 
 
 def test_sweeps_are_small_unless_asked_otherwise() -> None:
-    def kinds(**asked: int) -> dict[bool, set[tuple[int, int | None]]]:
-        found: dict[bool, set[tuple[int, int | None]]] = {False: set(), True: set()}
-        for cell in reproduce.cells("mnist", **asked):
-            found[cell.row.split("/")[0] not in ("grid", "certified")].add((cell.config.seed, cell.attack_samples))
-        return found
+    """Seeds and attacked images of every part."""
 
-    assert kinds() == {False: {(0, None), (1, None), (2, None)}, True: {(0, 1000), (0, 500)}}
-    assert kinds(seeds=2) == {
-        False: {(0, None), (1, None)},
-        True: {(0, 1000), (1, 1000), (0, 500), (1, 500)},
-    }
-    assert kinds(attack_samples=9) == {False: {(0, 9), (1, 9), (2, 9)}, True: {(0, 9)}}
+    def kinds(**asked: int) -> dict[tuple[int, int | None], set[str]]:
+        found: dict[str, tuple[set[int], set[int | None]]] = {}
+        for cell in reproduce.cells("mnist", **asked):
+            seeds, attacked = found.setdefault(cell.row.split("/")[0], (set(), set()))
+            seeds.add(cell.config.seed)
+            attacked.add(cell.attack_samples)
+        parts: dict[tuple[int, int | None], set[str]] = {}
+        for part, (seeds, (images,)) in found.items():
+            assert seeds == set(range(len(seeds)))
+            parts.setdefault((len(seeds), images), set()).add(part)
+        return parts
+
+    whole, sweeps = {"grid", "certified"}, {"rho", "gamma", "steps", "jacobian"}
+    assert kinds() == {(3, None): whole, (1, 1000): sweeps, (3, 1000): {"strict"}, (1, 500): {"full"}}
+    assert kinds(seeds=2) == {(2, None): whole, (2, 1000): {*sweeps, "strict"}, (2, 500): {"full"}}
+    assert kinds(attack_samples=9) == {(3, 9): {*whole, "strict"}, (1, 9): {*sweeps, "full"}}
     (cell,) = reproduce.cells("mnist", only=["gamma/10"])
     result = made_up(cell, lambda name, strength: 0.5)
     note = "Attacks ran on the first 1000 of 10000 images."
@@ -194,8 +201,9 @@ def test_partners_are_on_the_other_side_of_the_penalty() -> None:
     for cell in found:
         own, other = cell.config, cell.partner
         assert dataclasses.asdict(other) in configs  # trained for a row of its own
-        if cell.row in ("certified", "full/certified"):
-            assert other == next(c.config for c in found if (c.row, c.config.seed) == ("grid/default/none", own.seed))
+        if cell.row in ("certified", "full/certified") or cell.row.startswith("strict/"):
+            through = "default/2" if cell.row == "strict/default/none" else "default/none"  # nothing through itself
+            assert other == next(c.config for c in found if (c.row, c.config.seed) == (f"grid/{through}", own.seed))
             continue
         assert {own.network, other.network} == {"vanilla", "contractive"}
         same = ("init", "seed", "n_steps", "step_size", "epochs", "dataset")
@@ -563,7 +571,7 @@ def made_up(
         *((name, eps) for name in ("worst case", "certified") for eps in grid.EPS),
         *((claims.TRANSFER, eps) for eps in cell.transfer_eps),
     }
-    if cell.suite == "full":
+    if cell.row.split("/")[0] in claims.AGAIN:
         tests.add(("clean, attacked images", 0.0))
     results = [
         robustness.Result(f"{name}vanilla" if name.endswith(" ") else name, strength, (accuracy(name, strength),))
@@ -701,40 +709,72 @@ def test_a_gain_has_to_be_there_in_every_seed(gains: tuple[float, ...], verdict:
 
 
 @pytest.mark.parametrize(
-    ("near", "far", "far_on_all", "verdict"),
+    ("near", "far", "far_on_all", "through_paper", "seeds", "verdict"),
     [
-        (0.6, 0.5, 0.5, "holds"),
-        (0.6, 0.3, 0.5, "in part: holds at 0.05, not at 0.1"),
-        (0.6, 0.5, 0.3, "in part: holds at 0.05, not at 0.1"),
-        (0.42, 0.3, 0.3, "no"),
+        (0.6, 0.5, 0.5, 0.5, 3, "**holds**"),
+        (0.6, 0.3, 0.5, 0.5, 2, "in part: holds at 0.02, 0.05, not at 0.1"),  # two seeds decide: not in bold
+        (0.6, 0.5, 0.3, 0.5, 3, "**in part: holds at 0.02, 0.05, not at 0.1**"),
+        (0.6, 0.5, 0.5, 0.4, 3, "**in part: holds at 0.02, 0.05, not at 0.1**"),
+        (0.42, 0.3, 0.3, 0.5, 2, "in part: holds at 0.02, not at 0.05, 0.1"),
     ],
 )
-def test_transfer_is_judged_at_every_radius(near: float, far: float, far_on_all: float, verdict: str) -> None:
+def test_transfer_is_judged_at_every_radius(
+    near: float, far: float, far_on_all: float, through_paper: float, seeds: int, verdict: str
+) -> None:
     """90% are right of all images, 86% of the first 500: half of these is what has to be left."""
     levels = {"clean": 0.9, "clean, attacked images": 0.86}
 
     def result(cell: reproduce.Cell) -> reproduce.CellResult:
-        left = {0.05: near, 0.1: far} if cell.suite == "full" else {0.1: far_on_all}
+        left = {
+            "grid": {0.1: far_on_all},
+            "strict": {0.02: 0.81, 0.05: 0.70, 0.1: through_paper},
+            "full": {0.05: near, 0.1: far},
+        }[cell.row.split("/")[0]]
         return made_up(cell, lambda name, by: left.get(by, 0.0) if name == claims.TRANSFER else levels.get(name, 0.5))
 
     cells = reproduce.cells("mnist", seeds=3, only=["grid/authors/2"])
+    cells += reproduce.cells("mnist", seeds=3, only=["strict/authors/2"])
     cells += reproduce.cells("mnist", seeds=2, only=["full/authors/2"])
     page = reproduce.markdown(cells, {cell.name: result(cell) for cell in cells})
     found, *others = page_lines(page, "attacks found on the vanilla network")
-    assert found[1:3] == ["authors/2, attacked through authors/none", "2"]
+    assert found[1:3] == ["authors/2, attacked through authors/none and default/none", str(seeds)]
     half = {True: "holds", False: "no"}
+    own, paper = "through authors/none", "through default/none"
     assert found[3] == (
-        f"0.05: {100 * near:.1f}% of 86.0% left (first 500 images, 2 seeds): {half[near >= 0.43]}; "
-        f"0.1: {100 * far_on_all:.1f}% of 90.0% left (all images, 3 seeds), {100 * far:.1f}% of 86.0% left "
-        f"(first 500 images, 2 seeds): {half[far_on_all >= 0.45 and far >= 0.43]}"
+        f"0.02: 81.0% of 86.0% left ({paper}, first 1000 images, 3 seeds): holds; "
+        f"0.05: 70.0% of 86.0% left ({paper}, first 1000 images, 3 seeds), "
+        f"{100 * near:.1f}% of 86.0% left ({own}, first 500 images, 2 seeds): {half[near >= 0.43]}; "
+        f"0.1: {100 * far_on_all:.1f}% of 90.0% left ({own}, all images, 3 seeds), "
+        f"{100 * through_paper:.1f}% of 86.0% left ({paper}, first 1000 images, 3 seeds), "
+        f"{100 * far:.1f}% of 86.0% left ({own}, first 500 images, 2 seeds): "
+        f"{half[far_on_all >= 0.45 and far >= 0.43 and through_paper >= 0.43]}"
     )
-    assert found[4] == verdict  # not in bold: two seeds
+    assert found[4] == verdict
     assert [line[4] for line in others] == ["**not measured**"]
 
     alone = reproduce.by_row(cells[:3], {cell.name: result(cell) for cell in cells})["grid"]
     (found_alone, _) = [v for v in claims.verdicts(alone, "mnist") if v.claim.startswith("attacks found")]
-    assert found_alone.found.startswith("0.05: not measured; 0.1: ")
+    assert found_alone.found.startswith("0.02: not measured; 0.05: not measured; 0.1: ")
     assert (found_alone.seeds, found_alone.verdict) == (3, half[far_on_all >= 0.45])
+
+
+def test_the_page_counts_cells_with_older_checks() -> None:
+    """And says how many of their networks others have under the present ones."""
+    cells = reproduce.cells("mnist", seeds=1, only=["grid/authors", "strict/authors/2", "strict/authors/none"])
+
+    def result(cell: reproduce.Cell, older: bool) -> reproduce.CellResult:
+        found = made_up(cell, lambda name, by: 0.5)
+        detail = "white box 10.0%, transfer 20.0%" if older else "white box 100 images, transfer 90 of these"
+        check = robustness.Check("white box <= transfer at l_inf eps 0.1", True, detail)
+        return dataclasses.replace(found, report=dataclasses.replace(found.report, checks=(check,)))
+
+    def page(*older: str) -> str:
+        return reproduce.markdown(cells, {cell.name: result(cell, cell.row.split("/")[0] in older) for cell in cells})
+
+    assert "made stricter" not in page()
+    assert "\n4 of them are from before" in page("grid")
+    assert "The networks of 2 of them were tried again under the present checks, in another part.\n" in page("grid")
+    assert "The networks of 0 of them were" in page("grid", "strict")
 
 
 def test_tables_say_which_columns_are_of_the_first_images() -> None:

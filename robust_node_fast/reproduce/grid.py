@@ -27,6 +27,8 @@ RATES = (0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 15.0)
 WEIGHTS = (0.01, 0.1, 1.0, 10.0)
 STEPS = ((0.01, 5), (0.01, 10), (0.01, 20), (0.05, 10), (0.1, 10))  # h, N
 SEEDS = 3
+# The grid's networks once more: the attacks that see the gradients at small radii, and through the paper's vanilla one.
+STRICT, STRICT_ATTACK_SAMPLES, STRICT_EPS = "default/none", 1000, (0.02, 0.05, 0.1)
 # Parts in which a setting is swept: small enough to run, one seed and attacks on the first test images.
 SWEEPS, SWEEP_SEEDS, SWEEP_ATTACK_SAMPLES = ("rho", "gamma", "steps", "jacobian"), 1, 1000
 # The networks that the conclusions are about, once more under everything there is: an hour for one that resists.
@@ -138,7 +140,7 @@ def cells(
             if seeds is None and seed >= usual:
                 continue
             own, other = (
-                _config(dataset, {**budget, **fields, "seed": seed}) for fields in (changes, _partner(changes))
+                _config(dataset, {**budget, **fields, "seed": seed}) for fields in (changes, _partner(row, changes))
             )
             found.append(Cell(row, own, other, attacked if attack_samples is None else attack_samples, **more))
     return found
@@ -164,6 +166,8 @@ def _usual(part: str) -> tuple[int, int | None, dict[str, Any]]:
     """Seeds and attacked images of a part, and what else its cells have of their own."""
     if part == "full":
         return FULL_SEEDS, FULL_ATTACK_SAMPLES, {"suite": "full", "eps": FULL_EPS, "transfer_eps": FULL_EPS}
+    if part == "strict":
+        return SEEDS, STRICT_ATTACK_SAMPLES, {"eps": STRICT_EPS, "transfer_eps": STRICT_EPS}
     return (SWEEP_SEEDS, SWEEP_ATTACK_SAMPLES, {}) if part in SWEEPS else (SEEDS, None, {})
 
 
@@ -196,15 +200,16 @@ def _rows() -> Iterator[tuple[str, dict[str, Any]]]:
     yield "jacobian/default", {"init": "default", "regularizer": "jacobian"}
     certified = {"recipe": "certified"}
     yield "certified", certified
+    yield from ((f"strict/{name}", changes) for name, changes in grid.items())
     yield from ((f"full/{name}", {**grid, "certified": certified}[name]) for name in FULL)
 
 
-def _partner(changes: dict[str, Any]) -> dict[str, Any]:
+def _partner(row: str, changes: dict[str, Any]) -> dict[str, Any]:
     """The network on the other side of the penalty (the paper's, if it is to have one): same start, same steps.
 
-    That of another recipe is the paper's vanilla one.
+    That of another recipe is the paper's vanilla one, and so it is for all in "strict" but for itself.
     """
-    if "recipe" in changes:
+    if "recipe" in changes or (row.startswith("strict/") and row != f"strict/{STRICT}"):
         return {"init": "default", "network": "vanilla"}
     same: dict[str, Any] = {name: changes[name] for name in ("init", "step_size", "n_steps") if name in changes}
     return {**same, "network": "contractive" if changes.get("network") == "vanilla" else "vanilla"}

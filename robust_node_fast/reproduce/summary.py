@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from robust_node_fast.reproduce import claims
 from robust_node_fast.reproduce.cell import CellResult
 from robust_node_fast.reproduce.claims import Rows, accuracies, pairs
-from robust_node_fast.reproduce.grid import FULL_EPS, INITS, NORMS, SEEDS, Cell
+from robust_node_fast.reproduce.grid import FULL_EPS, INITS, NORMS, SEEDS, STRICT_EPS, Cell
 
 __all__ = ["as_table", "by_row", "markdown", "table"]
 
@@ -43,6 +43,7 @@ PARTS = {
     "steps": "Step size and number of steps: `steps/PENALTY/...`",
     "jacobian": "The Jacobian regulariser",
     "certified": "Trained for certificates: `rnf train --recipe certified`",
+    "strict": "The grid through the paper's vanilla network: `strict/INITIALISATION/PENALTY`",
     "full": "Stronger attacks (suite `full`): `full/NETWORK`",
 }
 # The last part again, with what it is for, beside the paper's recipe.
@@ -65,6 +66,19 @@ STRONGER = (
     ("certified 0.05", "certified", 0.05),
     ("certified 0.1", "certified", 0.1),
     ("certified 0.2", "certified", 0.2),
+)
+STRICT: Columns = (
+    ("clean", "clean", 0.0),
+    *(
+        (f"{heading} {eps:g}", name, eps)
+        for heading, name in (
+            ("PGD", "pgd"),
+            ("transfer", claims.TRANSFER),
+            ("worst case", "worst case"),
+            ("certified", "certified"),
+        )
+        for eps in STRICT_EPS
+    ),
 )
 # Of the full suite; PGD has five restarts there, on the cross-entropy and on the margin.
 STRONGEST: Columns = (
@@ -124,8 +138,9 @@ def markdown(cells: Sequence[Cell], results: Mapping[str, CellResult]) -> str:
         "strength, attacks by their l_inf radius, where an image that fell at a smaller radius has fallen: accuracies "
         "under PGD cannot rise with it; FGSM's can, as its step may turn a wrong answer right. PGD has 40 steps from "
         "one random start (suite `standard`); transfer: PGD on the network of the same initialisation and seed on the "
-        "other side of the penalty, every iterate of it; worst case: images that survive all of these attacks, which "
-        "are the weaker ones: no margin loss, no restarts, no black box (docs/robustness.md); certified: bound E. "
+        "other side of the penalty (in `strict`: on default/none), every iterate of it; worst case: images that "
+        "survive all of these attacks, which are the weaker ones: no margin loss, no restarts, no black box "
+        "(docs/robustness.md); certified: bound E. "
         "Rate: the least over the Euler steps that the filters guarantee, in the norm of the row's penalty; penalty: "
         "its value at the rate asked for (the certified recipe asks for none).",
     ]
@@ -147,11 +162,12 @@ def _dataset(dataset: str, cells: Sequence[Cell], results: Mapping[str, CellResu
     names = {cell.name for cell in cells}
     found = [results[name] for name in sorted(names & results.keys())]
     yield from ("", f"## {dataset}", "", f"{len(found)} of {len(names)} cells.")
-    if by_accuracy := sum(map(_compares_accuracies, found)):
+    if older := list(filter(_compares_accuracies, found)):
         yield ""
         yield (
-            f"{by_accuracy} of them are from before the checks for masked gradients were made stricter: theirs compare "
-            "accuracies under white box and transfer instead of images, and no black box was tried on them."
+            f"{len(older)} of them are from before the checks for masked gradients were made stricter: theirs compare "
+            "accuracies under white box and transfer instead of images, and no black box was tried on them. "
+            + _checked_elsewhere(older, found)
         )
     yield from (line for sentence in _in_short(rows, dataset) for line in ("", f"- {sentence}"))
     if found:
@@ -165,7 +181,7 @@ def _dataset(dataset: str, cells: Sequence[Cell], results: Mapping[str, CellResu
         yield from ("", "### Why", "", *why) if why else ()
     for part, members in parts.items():
         compared = {row: rows[row] for row in BEATEN if row in rows} if part == "certified" else members
-        columns = {"certified": STRONGER, "full": STRONGEST}.get(part, COLUMNS)
+        columns = {"certified": STRONGER, "strict": STRICT, "full": STRONGEST}.get(part, COLUMNS)
         limited = _limited(compared)
         yield from ("", f"### {PARTS[part]}", "")
         yield from (limited, "") if limited else ()
@@ -256,6 +272,13 @@ def _emphasised(verdict: claims.Verdict) -> str:
 
 def _compares_accuracies(cell: CellResult) -> bool:
     return any(check.name.startswith("white box") and "%" in check.detail for check in cell.report.checks)
+
+
+def _checked_elsewhere(older: Sequence[CellResult], found: Sequence[CellResult]) -> str:
+    """Of how many networks of older cells another one has today's checks."""
+    checked = [cell.settings["train"] for cell in found if not _compares_accuracies(cell)]
+    again = sum(cell.settings["train"] in checked for cell in older)
+    return f"The networks of {again} of them were tried again under the present checks, in another part."
 
 
 def _limited(rows: Rows) -> str:

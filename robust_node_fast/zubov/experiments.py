@@ -32,7 +32,7 @@ from robust_node_fast.zubov.losses import zubov_residual
 from robust_node_fast.zubov.lyapunov import ConvexLyapunov
 from robust_node_fast.zubov.network import ZubovNet
 
-__all__ = ["PARTS", "Exact", "Images", "Plane", "cells", "compute", "label", "path_of", "read"]
+__all__ = ["PARTS", "Exact", "Images", "Plane", "cells", "compute", "label", "margin_attack", "path_of", "read"]
 
 PROTOCOL = 4  # raised by every change of what a cell's numbers mean
 STILL_GOOD = {2}  # for the networks beside Zubov-Nets: milder checks, the same numbers
@@ -437,7 +437,7 @@ def _evaluated(cell: Images, net: nn.Module, dataset: data.Dataset, on_progress:
         "meeting": _meeting(net.lyapunov) if isinstance(net, ZubovNet) else None,
         "certified": _certified(net, images, labels, seed) if isinstance(net, ZubovNet) else None,
         "bare_accuracy": float(torch.cat(right).double().mean()),
-        "margin": {str(radius): _margin_attack(net, images, labels, radius, seed) for radius in cell.eps},
+        "margin": {str(radius): margin_attack(net, images, labels, radius, seed) for radius in cell.eps},
         "autoattack": {str(cell.middle): _autoattack(net, images, labels, cell, on_progress)},
         "report": json.loads(report.to_json()),
     }
@@ -449,7 +449,7 @@ def _certified(net: ZubovNet, images: Tensor, labels: Tensor, seed: int) -> dict
     radius = margin_radius(net, images, labels)
     median = float(radius.median())
     held = radius >= median
-    left = _margin_attack(net, images[held], labels[held], median, seed) if median > 0 else 1.0
+    left = margin_attack(net, images[held], labels[held], median, seed) if median > 0 else 1.0
     return {
         "median": median,
         "tenth": float(radius.quantile(0.1)),
@@ -458,7 +458,7 @@ def _certified(net: ZubovNet, images: Tensor, labels: Tensor, seed: int) -> dict
     }
 
 
-def _margin_attack(net: nn.Module, images: Tensor, labels: Tensor, eps: float, seed: int) -> float:
+def margin_attack(net: nn.Module, images: Tensor, labels: Tensor, eps: float, seed: int) -> float:
     """Accuracy under PGD that climbs the difference of two logits: of two V, straight on, in a Zubov-Net."""
     generator = torch.Generator().manual_seed(seed)
     right = 0

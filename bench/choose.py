@@ -1,0 +1,133 @@
+"""Learning rate and weight of every method's own term, for the comparisons of ``rnf reproduce zubov``. Writes a CSV.
+
+    RNF_DATA_ROOT=... python bench/choose.py [PART ...] [--output bench/results/choices.csv]
+
+The last training images are held out, the network is trained on the others and judged on those: by the mean of its
+accuracy on clean images and of that under PGD on the margin at the part's smallest radius. Each method is given the
+learning rates first, then the other weights at the best of these. CIFAR-10 takes half the steps. Test images are not
+looked at. Rows that the CSV has are not computed again. What is best in it is ``experiments.CHOSEN``.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+import robust_node_fast as rnf
+from robust_node_fast import data, training
+from robust_node_fast._machine import processor
+from robust_node_fast.training import TrainConfig
+from robust_node_fast.zubov import contenders, experiments
+
+RATES = (3e-3, 1e-3, 1e-2)  # the recipe's first
+# What a method has beside the cross-entropy: the field that weighs it, the recipe's value first.
+WEIGHTS: Mapping[str, tuple[str, tuple[float, ...]]] = {
+    "contractive-node": ("penalty_weight", (1.0, 0.1, 10.0, 100.0)),
+    "lyanet": ("penalty_weight", (1.0, 0.1, 10.0, 100.0)),
+    "zubov": ("consistency", (100.0, 30.0, 10.0)),
+}
+SEEDS = {"digits": (0, 1, 2), "mnist": (0,), "fashionmnist": (0,), "cifar10": (0,)}
+HELD_OUT = {"digits": 300, "mnist": 10_000, "fashionmnist": 10_000, "cifar10": 10_000}
+ATTACKED = 1000  # of the images held out
+COLUMNS = ("part", "method", "lr", "weight", "seed", "steps", "clean", "pgd_margin", "eps", "seconds")
+ABOUT = ("machine", "threads", "torch", "version")
+Row = dict[str, Any]
+
+
+def main(
+    parts: Annotated[list[str] | None, typer.Argument(help="Which data sets.", show_default="all")] = None,
+    output: Annotated[Path, typer.Option(help="CSV to write.")] = Path("bench/results/choices.csv"),
+    threads: Annotated[int, typer.Option(help="torch.set_num_threads.")] = 1,
+) -> None:
+    torch.set_num_threads(threads)
+    for part in parts or experiments.PARTS[1:]:
+        dataset = held_out(part)
+        for method in contenders.METHODS:
+            own_weights = WEIGHTS.get(method, ("", (0.0,)))[1]
+            tried = [(lr, own_weights[0]) for lr in RATES]
+            scores = {each: score(output, dataset, method, *each) for each in tried}
+            best = max(scores, key=lambda each: scores[each])
+            scores |= {(best[0], weight): score(output, dataset, method, best[0], weight) for weight in own_weights[1:]}
+            print(part, method, max(scores, key=lambda each: scores[each]), scores, flush=True)
+
+
+def held_out(part: str) -> data.Dataset:
+    """A data set whose test images are the last training images, which are no training images then."""
+    whole, count = data.load(part), HELD_OUT[part]
+    return dataclasses.replace(
+        whole,
+        train_images=whole.train_images[:-count],
+        train_labels=whole.train_labels[:-count],
+        test_images=data.to_float(whole.train_images[-count:]),
+        test_labels=whole.train_labels[-count:],
+    )
+
+
+def score(output: Path, dataset: data.Dataset, method: str, lr: float, weight: float) -> float:
+    """The mean of the two accuracies, over the part's seeds; rows that are missing are computed and written."""
+    scores = []
+    for seed in SEEDS[dataset.name]:
+        wanted = {"part": dataset.name, "method": method, "lr": lr, "weight": weight, "seed": seed}
+        rows = read(output)
+        known = [row for row in rows if all(row[name] == str(value) for name, value in wanted.items())]
+        row = known[0] if known else computed(dataset, wanted)
+        if not known:
+            write(output, [*rows, row])
+        scores.append((float(row["clean"]) + float(row["pgd_margin"])) / 2)
+    return statistics.fmean(scores)
+
+
+def config_of(part: str, method: str, lr: float, weight: float, seed: int) -> TrainConfig:
+    """The recipe with these two, in half its steps on CIFAR-10."""
+    changes = {**(experiments.SMALL if part == "cifar10" else {}), "lr": lr}
+    field = WEIGHTS.get(method, ("", ()))[0]
+    if field == "penalty_weight":
+        changes[field] = weight
+    elif field:
+        changes["zubov"] = {**changes.get("zubov", {}), field: weight}
+    if part == "cifar10":
+        changes["steps"] //= 2
+    return TrainConfig.recipe(part, "zubov", **changes, model=method, seed=seed)
+
+
+def computed(dataset: data.Dataset, wanted: Row) -> Row:
+    config = config_of(dataset.name, wanted["method"], wanted["lr"], wanted["weight"], wanted["seed"])
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        training.prepare(config, run)
+        clean = training.fit(run, dataset).accuracy
+        net = training.load_model(run)[0]
+    images, labels = dataset.test_images[:ATTACKED], dataset.test_labels[:ATTACKED]
+    eps = experiments.EPS[dataset.name][0]
+    found = (config.steps, clean, experiments.margin_attack(net, images, labels, eps, config.seed), eps)
+    row = {**wanted, **dict(zip(COLUMNS[5:], (*found, round(time.perf_counter() - start, 1)), strict=True))}
+    about = (processor(), torch.get_num_threads(), torch.__version__, rnf.__version__)
+    return {**row, **dict(zip(ABOUT, about, strict=True))}
+
+
+def read(path: Path) -> list[Row]:
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write(path: Path, rows: list[Row]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*COLUMNS, *ABOUT])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    typer.run(main)
