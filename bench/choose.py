@@ -3,9 +3,10 @@
     RNF_DATA_ROOT=... python bench/choose.py [PART ...] [--output bench/results/choices.csv]
 
 The last training images are held out, the network is trained on the others and judged on those: by the mean of its
-accuracy on clean images and of that under PGD on the margin at the part's smallest radius. Each method is given the
-learning rates first, then the other weights at the best of these. CIFAR-10 takes half the steps. Test images are not
-looked at. Rows that the CSV has are not computed again. What is best in it is ``experiments.CHOSEN``.
+accuracy on clean images and of that under PGD on the margin at the part's smallest radius. From the recipe's values
+on, neighbours of the best one are tried until none is better: of the learning rate, then of the weight. CIFAR-10 takes
+half the steps. Test images are not looked at. Rows that the CSV has are not computed again. What is best in it is
+``experiments.CHOSEN``.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import dataclasses
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,13 +29,14 @@ from robust_node_fast._machine import processor
 from robust_node_fast.training import TrainConfig
 from robust_node_fast.zubov import contenders, experiments
 
-RATES = (3e-3, 1e-3, 1e-2)  # the recipe's first
-# What a method has beside the cross-entropy: the field that weighs it, the recipe's value first.
+RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+# What a method has beside the cross-entropy: the field that weighs it, and its values.
 WEIGHTS: Mapping[str, tuple[str, tuple[float, ...]]] = {
-    "contractive-node": ("penalty_weight", (1.0, 0.1, 10.0, 100.0)),
-    "lyanet": ("penalty_weight", (1.0, 0.1, 10.0, 100.0)),
-    "zubov": ("consistency", (100.0, 30.0, 10.0)),
+    "contractive-node": ("penalty_weight", (0.001, 0.01, 0.1, 1.0, 10.0)),
+    "lyanet": ("penalty_weight", (0.001, 0.01, 0.1, 1.0, 10.0)),
+    "zubov": ("consistency", (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)),
 }
+RECIPE = {"penalty_weight": 1.0, "consistency": 100.0, "": 0.0}  # beside the learning rate of 3e-3
 SEEDS = {"digits": (0, 1, 2), "mnist": (0,), "fashionmnist": (0,), "cifar10": (0,)}
 HELD_OUT = {"digits": 300, "mnist": 10_000, "fashionmnist": 10_000, "cifar10": 10_000}
 ATTACKED = 1000  # of the images held out
@@ -52,12 +54,26 @@ def main(
     for part in parts or experiments.PARTS[1:]:
         dataset = held_out(part)
         for method in contenders.METHODS:
-            own_weights = WEIGHTS.get(method, ("", (0.0,)))[1]
-            tried = [(lr, own_weights[0]) for lr in RATES]
-            scores = {each: score(output, dataset, method, *each) for each in tried}
-            best = max(scores, key=lambda each: scores[each])
-            scores |= {(best[0], weight): score(output, dataset, method, best[0], weight) for weight in own_weights[1:]}
-            print(part, method, max(scores, key=lambda each: scores[each]), scores, flush=True)
+            print(part, method, *chosen(output, dataset, method), flush=True)
+
+
+def chosen(output: Path, dataset: data.Dataset, method: str) -> tuple[float, float]:
+    """Learning rate and weight."""
+    field, weights = WEIGHTS.get(method, ("", (0.0,)))
+    lr = climbed(lambda rate: score(output, dataset, method, rate, RECIPE[field]), RATES, 3e-3)
+    return lr, climbed(lambda weight: score(output, dataset, method, lr, weight), weights, RECIPE[field])
+
+
+def climbed(score_of: Callable[[float], float], values: Sequence[float], start: float) -> float:
+    """The best value: from the start on, the neighbours of the best one are tried until none of them is new."""
+    scores = {start: score_of(start)}
+    while True:
+        best = max(scores, key=lambda value: scores[value])
+        at = values.index(best)
+        new = [value for value in values[max(0, at - 1) : at + 2] if value not in scores]
+        if not new:
+            return best
+        scores |= {value: score_of(value) for value in new}
 
 
 def held_out(part: str) -> data.Dataset:

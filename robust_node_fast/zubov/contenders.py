@@ -25,7 +25,13 @@ METHODS = ("resnet", "node", "contractive-node", "lyanet", "zubov")
 
 
 class FlowClassifier(nn.Module):
-    """``head(dynamics(backbone(input)))``."""
+    """``head(dynamics(backbone(input)))``: logits ``(B, num_classes)``.
+
+    Args:
+        backbone: from an input to the first state, ``(B, dim)``.
+        dynamics: of states ``(B, dim)``.
+        num_classes: logits, of a linear head on the last state.
+    """
 
     def __init__(self, backbone: nn.Module, dynamics: DenseFlow, num_classes: int) -> None:
         super().__init__()
@@ -117,6 +123,15 @@ def bare_backbone(net: nn.Module, inputs: Tensor, labels: Tensor, num_classes: i
 
     The head is a logistic regression on the backbone's states, which is convex: L-BFGS finds it. A little ridge keeps
     logits of classes that can be separated from growing for ever, and with them gradients from vanishing.
+
+    Args:
+        net: trained; its backbone is taken as it is and shared, not copied.
+        inputs: of training, ``(M, ...)``, float32 or bytes (images, which become 0 to 1).
+        labels: ``(M,)`` int64.
+        num_classes: logits.
+
+    Returns:
+        In eval mode, on ``inputs``' device: ``(B, ...) -> (B, num_classes)``.
     """
     assert isinstance(net, FlowClassifier | ZubovNet)
     with torch.no_grad():

@@ -24,6 +24,16 @@ def zubov_residual(value: Tensor, derivative: Tensor, *, rate: float) -> Tensor:
 
     Its solution along a trajectory is ``V(t) = 1 / (1 + (1 / V(0) - 1) exp(rate t))``: what starts below 1 decays, what
     starts at 1 stays, and the time to shrink from ``v`` to ``w`` is ``(logit(v) - logit(w)) / rate``.
+
+    Args:
+        value: V, of any shape.
+        derivative: dV/dt, of the same shape and dtype, per unit of time.
+        rate: c of ``psi = c V``, per unit of time.
+
+    Returns:
+        Of that shape and dtype.
+
+    Source: arXiv 2509.21879 for the equation; ``psi = c V`` is our reading.
     """
     return derivative + rate * value * (1.0 - value)
 

@@ -111,6 +111,7 @@ def _exact(cell: Exact, folder: Path) -> Iterator[str]:
 def _plane(cells: Sequence[Plane], folder: Path) -> Iterator[str]:
     headings = (
         "run",
+        "seed",
         "steps",
         "IoU before",
         "IoU after",
@@ -120,7 +121,7 @@ def _plane(cells: Sequence[Plane], folder: Path) -> Iterator[str]:
         "in own region",
     )
     yield f"| {' | '.join(headings)} | s |"
-    yield "|---" * 9 + "|"
+    yield "|---" * (len(headings) + 1) + "|"
     for cell in cells:
         found = experiments.read(cell, folder)
         if found is None:
@@ -138,7 +139,7 @@ def _plane(cells: Sequence[Plane], folder: Path) -> Iterator[str]:
                 f"{after['in_own_region']:.1%}",
                 _seconds(found),
             ]
-        yield f"| {cell.row} | {cell.config.steps} | {' | '.join(values)} |"
+        yield f"| {cell.row} | {cell.config.seed} | {cell.config.steps} | {' | '.join(values)} |"
 
 
 def _images(cells: Sequence[Images], folder: Path) -> Iterator[str]:
