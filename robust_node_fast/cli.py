@@ -443,7 +443,7 @@ def certify(
     eps: Annotated[list[float], typer.Option(min=0.0, help="Radius to certify (repeat for several).")] = [0.1],  # noqa: B006
     norm: Annotated[
         Literal["linf", "l2"],
-        typer.Option(help="linf: each sample's own interval bound; l2: Lipschitz constants."),
+        typer.Option(help="linf: each sample's own interval bound; l2: the better of it and Lipschitz constants."),
     ] = "linf",
     samples: Annotated[int | None, typer.Option(min=1, help="First test images.", show_default="all")] = None,
     data_root: Annotated[

@@ -394,8 +394,11 @@ ATTACKS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
-def test_attacks_name_the_fault(attack: Callable[..., Tensor], trained: nn.Module) -> None:
+@pytest.mark.parametrize("name", [*ATTACKS, "autoattack"])
+def test_attacks_name_the_fault(name: str, trained: nn.Module) -> None:
+    if name == "autoattack" and not auto_attack.available():
+        pytest.skip(auto_attack.MISSING)
+    attack = ATTACKS.get(name, lambda *arguments: robustness.autoattack(*arguments, generator=generator()))
     images, labels = torch.rand(2, 1, 8, 8), torch.tensor([0, 1])
     for arguments, message in (
         ((trained, images, labels, -0.1), r"eps=-0\.1 is negative, expected a radius >= 0"),
@@ -584,13 +587,19 @@ def test_strength_costs_accuracy_and_the_checks_hold(report: robustness.Report) 
         ("iterative <= single step <= clean at l_inf eps 0.15", True),
         ("eps 0 = clean", True),
         ("accuracy near 0 at l_inf eps 1", True),
+        ("white box <= square at l_inf eps 0.05", True),
         ("white box <= square at l_inf eps 0.15", True),
     ]
-    assert report.checks[-3].detail == "128 of 128 predictions under attack unchanged"
-    assert report.checks[-2].detail == "0 of the first 64 images survive"
-    assert report.checks[-1].detail.endswith(" of 64 images fall to it and to no white-box attack")
+    assert report.checks[-4].detail == "128 of 128 predictions under attack unchanged"
+    assert report.checks[-3].detail == "0 of the first 64 images survive"
+    left = []
+    for check in report.checks[-2:]:
+        what, _, number = check.detail.partition(", which leave ")
+        assert what.endswith(" of 64 images fall to it and to no white-box attack")
+        left.append(int(number))
+    assert 64 > left[0] > left[1]
     assert report.reliable
-    assert report.verdict == "All 5 checks held."
+    assert report.verdict == "All 6 checks held."
     with pytest.raises(KeyError, match="no result 'square'"):
         report.accuracy("square", 0.1)
 
@@ -662,6 +671,32 @@ def test_suites_without_a_black_box_find_masked_gradients_as_well(name: str) -> 
     check = found.checks[-1]
     assert (check.name, check.passed) == ("white box <= square at l_inf eps 0.1", False)
     assert int(check.detail.split()[0]) > 10
+
+
+def test_masked_gradients_are_found_where_no_image_survives_the_largest_radius() -> None:
+    """At 1 the white box breaks everything, and there is nothing left for a black box to show."""
+    network = balanced(36)
+
+    class FarSighted(nn.Module):
+        """Its gradients point the right way far from the image only."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.near, self.far = Decoy(network), network
+
+        def forward(self, input: Tensor) -> Tensor:
+            extreme = ((input - 0.5).abs() > 0.499).double().mean((1, 2, 3)) > 0.3
+            return torch.where(extreme[:, None], self.far(input), self.near(input))
+
+    model = FarSighted().eval()
+    images = 0.3 + 0.4 * torch.rand(30, 1, 6, 6)
+    labels = model(images).argmax(1)
+    found = robustness.evaluate(model, (images, labels), suite="quick", eps=(0.1, 1.0))
+    assert found.accuracy("worst case", 1.0) == 0.0
+    near, far = found.checks[-2:]
+    assert (near.name, near.passed) == ("white box <= square at l_inf eps 0.1", False)
+    assert (far.name, far.passed) == ("white box <= square at l_inf eps 1", True)
+    assert far.detail.endswith("which leave 0")
 
 
 @pytest.mark.parametrize("hide", [torch.no_grad(), torch.inference_mode()], ids=["no_grad", "inference_mode"])

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as module_hooks
 from torch.nn.utils import parametrize
 
 from robust_node_fast import _checks, reference
@@ -17,7 +18,8 @@ from robust_node_fast.nn import EulerConvFlow, PadChannels, SmoothLeakyReLU
 # that matters. What the layers before it lose is followed through the network (``rounding_of``).
 ROUNDING = 1e-9
 
-_COMPARED = 32  # samples on which the layers are compared with the model
+_COMPARED = 16  # samples on which the layers are compared with the model, and near which
+_NEAR = 0.01  # of the samples' range
 _KNOWN: tuple[type[nn.Module], ...] = (
     *(EulerConvFlow, PadChannels, SmoothLeakyReLU),
     *(nn.AvgPool2d, nn.BatchNorm2d, nn.Conv2d, nn.Dropout, nn.Flatten, nn.Identity, nn.Linear, nn.ReLU),
@@ -51,8 +53,18 @@ def flattened(module: nn.Module) -> list[nn.Module]:
         return [layer for child in module for layer in flattened(child)]
     layers = getattr(module, "layers", None)
     if callable(layers):
+        forward, described = (_defined_in(type(module), name) for name in ("forward", "layers"))
+        if forward is not described and issubclass(forward, described):
+            raise TypeError(
+                f"no bound is known for a {type(module).__name__}: {forward.__name__} has a forward of its own, "
+                f"layers() is {described.__name__}'s"
+            )
         return [layer for child in layers() for layer in flattened(child)]
     return [module]
+
+
+def _defined_in(kind: type, name: str) -> type:
+    return next((each for each in kind.__mro__ if name in vars(each)), kind)
 
 
 def check_known(layers: Sequence[nn.Module]) -> None:
@@ -72,12 +84,14 @@ def in_float64(model: nn.Module) -> nn.Module:
     Parametrised weights (``torch.nn.utils.parametrize``) become plain ones with the values that they have.
 
     Raises:
-        TypeError: the model is no module; it, or a module in it, has a hook or a forward of its own, which may compute
-            something else than its class says.
+        TypeError: the model is no module; it, or a module in it, has a hook or a forward of its own, or all modules
+            have a hook: they may compute something else than their class says.
         ValueError: it is in training mode, or a parameter or buffer is not finite.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, expected an nn.Module")
+    if module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks:
+        raise TypeError("no bound is known while a hook is registered for all modules")
     for name, module in model.named_modules():
         if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
             where = f"model's {name}" if name else "model"
@@ -126,14 +140,20 @@ def samples(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 def same_function(model: nn.Module, layers: Sequence[nn.Module], x: Tensor) -> None:
     """That the layers compute what the model does: a certificate about another function would be worthless.
 
+    Compared at the first samples of ``x`` and at points near them, within their range: where pixels are multiples of
+    1/255, a forward that rounds to these would not show.
+
     Raises:
         TypeError: as ``check_known``.
-        ValueError: they do not, for the first samples of ``x``.
+        ValueError: they do not.
     """
     check_known(layers)
     x = x[:_COMPARED].double()
     if len(x) == 0:
         return
+    low, high = torch.aminmax(x)
+    step = _NEAR * (2.0 * torch.rand(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(0)) - 1.0)
+    x = torch.cat([x, torch.clamp(x + (high - low) * step.to(x.device), low, high)])
     deployed = model(x.clone())  # layers may work in place
     composed = x.clone()
     for layer in layers:

@@ -188,7 +188,7 @@ def _rows() -> Iterator[tuple[str, dict[str, Any]]]:
         grid[f"{init}/none"] = {"init": init, "network": "vanilla"}
         grid |= {f"{init}/{norm}": {"init": init, "norm": norm} for norm in NORMS}
     yield from ((f"grid/{name}", changes) for name, changes in grid.items())
-    for init in ("default", "identity"):
+    for init in INITS:
         for rate in RATES:
             yield f"rho/{init}/{rate:g}", {"init": init, "rate": rate}
     for weight in WEIGHTS:

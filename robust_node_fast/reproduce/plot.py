@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,9 +13,9 @@ from matplotlib.figure import Figure  # without pyplot: no global state, no disp
 from matplotlib.lines import Line2D
 
 from robust_node_fast.reproduce.cell import CellResult
-from robust_node_fast.reproduce.claims import Rows, accuracies
+from robust_node_fast.reproduce.claims import AGAIN, Rows, accuracies
 from robust_node_fast.reproduce.grid import EPS, FULL_ATTACK_SAMPLES, FULL_EPS, FULL_SEEDS, Cell
-from robust_node_fast.reproduce.summary import BEATEN, by_row
+from robust_node_fast.reproduce.summary import BEATEN, by_row, failed_at
 
 __all__ = ["attacked_and_certified"]
 
@@ -41,7 +40,8 @@ def attacked_and_certified(
     """A panel per data set with certified training, its networks beside the paper's; False where there is none.
 
     Lines: means over the seeds, under attack by suite ``standard`` and certified. Crosses: under attack by suite
-    ``full``. Hollow: a check of the report failed at that radius, for one of the seeds at least.
+    ``full``. Hollow: a check failed at that radius for one of the seeds at least, of this suite or of the network's
+    other ones.
     """
     panels: dict[str, Rows] = {}
     for dataset, group in itertools.groupby(cells, key=lambda cell: cell.config.dataset):
@@ -54,15 +54,16 @@ def attacked_and_certified(
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axis, (dataset, rows) in zip(axes, panels.items(), strict=True):
         for row, color in zip(BEATEN, ("C0", "C1", "C2", "C3"), strict=True):
+            failed = failed_at([cell for name in (row, *_again(row)) for cell in rows.get(name, ())])
             if found := rows.get(row, ()):
                 clean = statistics.fmean(accuracies(found, "clean").values())
                 certified = _means(found, "certified", EPS)
                 axis.plot((0.0, *EPS), (clean, *certified), "--", marker="o", markersize=3.5, color=color)
                 attacked = _means(found, "worst case", EPS)
                 axis.plot((0.0, *EPS), (clean, *attacked), "-", color=color)
-                _markers(axis, (0.0, *EPS), (clean, *attacked), found, "o", 5.0, color)
+                _markers(axis, (0.0, *EPS), (clean, *attacked), failed, "o", 5.0, color)
             if found := rows.get(_full(row), ()):
-                _markers(axis, FULL_EPS, _means(found, "worst case", FULL_EPS), found, "X", 7.0, color)
+                _markers(axis, FULL_EPS, _means(found, "worst case", FULL_EPS), failed, "X", 7.0, color)
         axis.set(title=TITLES[dataset], xlabel="l_inf radius", ylim=(-2, 102))
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("accuracy, %")
@@ -77,6 +78,11 @@ def _full(row: str) -> str:
     return f"full/{row.removeprefix('grid/')}"
 
 
+def _again(row: str) -> list[str]:
+    """The rows of the same network in other parts."""
+    return [f"{part}/{row.removeprefix('grid/')}" for part in AGAIN]
+
+
 def _means(found: Sequence[CellResult], test: str, radii: Sequence[float]) -> list[float]:
     return [statistics.fmean(accuracies(found, test, eps).values()) for eps in radii]
 
@@ -85,26 +91,15 @@ def _markers(
     axis: Axes,
     radii: Sequence[float],
     heights: Sequence[float],
-    found: Sequence[CellResult],
+    failed: set[float],
     marker: str,
     size: float,
     color: str,
 ) -> None:
     """One each, hollow where a check failed."""
-    failed = _failed_at(found)
     for eps, height in zip(radii, heights, strict=True):
         face = "white" if eps in failed else color
         axis.plot(eps, height, marker, markersize=size, color=color, markerfacecolor=face, zorder=3, clip_on=False)
-
-
-def _failed_at(found: Sequence[CellResult]) -> set[float]:
-    """The l_inf radii at which a check of one of the reports failed."""
-    return {
-        float(at[1])
-        for cell in found
-        for check in cell.report.checks
-        if not check.passed and (at := re.search(r" at l_inf eps (\S+)$", check.name))
-    }
 
 
 def _legend(full: Sequence[Sequence[CellResult]]) -> list[Line2D]:

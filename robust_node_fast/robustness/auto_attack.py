@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from robust_node_fast import _checks
 from robust_node_fast.robustness import _inputs
 
-__all__ = ["MISSING", "autoattack", "available", "refusal", "remarks"]
+__all__ = ["MISSING", "add_remark", "autoattack", "available", "refusal", "remarks"]
 
 MISSING = "AutoAttack was not run: no release of its authors' code is installed (pip install pyautoattack)"
 FEWEST_CLASSES = 4  # the targeted loss compares the largest logit with the third and fourth
@@ -43,12 +43,7 @@ def remarks(found: list[str]) -> Iterator[list[str]]:
 
     class Collector(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            message = " ".join(record.getMessage().split())
-            for number, other in enumerate(found):
-                if (both := _merged(other, message)) is not None:
-                    found[number] = both
-                    return
-            found.append(message)
+            add_remark(found, " ".join(record.getMessage().split()))
 
     logger, collector = logging.getLogger(LOGGER), Collector(logging.WARNING)
     logger.addHandler(collector)
@@ -56,6 +51,15 @@ def remarks(found: list[str]) -> Iterator[list[str]]:
         yield found
     finally:
         logger.removeHandler(collector)
+
+
+def add_remark(found: list[str], remark: str) -> None:
+    """Append it, or put it into one that differs in numbers alone."""
+    for number, other in enumerate(found):
+        if (both := _merged(other, remark)) is not None:
+            found[number] = both
+            return
+    found.append(remark)
 
 
 def _merged(one: str, other: str) -> str | None:

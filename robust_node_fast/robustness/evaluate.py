@@ -286,7 +286,7 @@ def evaluate(
     held.append(checks.at_zero(model, ours, first_images, first_labels))
     held += checks.at_large_radius(model, ours, first_images, first_labels)
     if not any(attack.name == "square" for attack in ours):
-        held.append(checks.black_box(model, attacks, first_images, first_labels, max(radii["inf"])))
+        held += checks.black_box(model, attacks, first_images, first_labels, radii["inf"])
     notes += [f"AutoAttack's own checks: {remark}" for remark in remarks]
     if attack_samples is not None and attack_samples < n_samples:
         notes.append(f"Attacks ran on the first {attack_samples} of {n_samples} images.")
