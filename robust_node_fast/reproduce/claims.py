@@ -48,12 +48,12 @@ RULES = (
     "of the images it classifies rightly (the half is ours), in every measurement there is; in part: at some radii "
     f"and not at all. The radii are {', '.join(f'{eps:g}' for eps in TRANSFER_AT)}. The vanilla network attacked has "
     "the same initialisation in the grid (the largest radius, all images) and in suite `full` (without the smallest "
-    "one; five restarts, the first images), and is the paper's, default/none, in `strict` (all three, the first images). (Cells "
-    "of an earlier version do not say how many of the first images are right without an attack: the share of all "
-    "images is taken.) Every iterate is tried, which is harder than the last one alone. A network is insensitive to "
-    f"rho if no two means are more than {CLOSE:g} points apart, of clean images and under Gaussian noise of sigma 0.2, "
-    "over the seeds that every rho has; with one seed that much can be chance. A verdict that rests on fewer than "
-    "three seeds is not in bold."
+    "one; five restarts, the first images), and is the paper's, default/none, in `strict` (all three, the first "
+    "images). (Cells of an earlier version do not say how many of the first images are right without an attack: the "
+    "share of all images is taken.) Every iterate is tried, which is harder than the last one alone. A network is "
+    f"insensitive to rho if no two means are more than {CLOSE:g} points apart, of clean images and under Gaussian "
+    "noise of sigma 0.2, over the seeds that every rho has; with one seed that much can be chance. A verdict that "
+    "rests on fewer than three seeds is not in bold."
 )
 
 
