@@ -112,10 +112,11 @@ def test_figures_of_the_readme_come_from_the_committed_results() -> None:
     certified, paper, authors = map(accuracies, ("certified", "grid/default/2", "grid/authors/2"))
 
     def gains(dataset: str) -> list[str]:
-        """Of the paper's network, of its initialisation and of its penalty alone over a vanilla network, in points."""
+        """In points: of the paper's network, of its initialisation and of its penalty over a vanilla network; what its
+        penalty adds to its initialisation."""
         rows = ("authors/2", "authors/none", "default/2", "default/none")
-        *ours, theirs = (means(dataset, f"grid/{row}")["pgd", 0.02] for row in rows)
-        return [f"{gain - theirs:.1f}" for gain in ours]
+        paper, start, penalty, vanilla = (means(dataset, f"grid/{row}")["pgd", 0.02] for row in rows)
+        return [f"{gain:.1f}" for gain in (paper - vanilla, start - vanilla, penalty - vanilla, paper - start)]
 
     everything = accuracies("full/certified")
     of_mnist_net, of_fashion_net = gains("mnist"), gains("fashionmnist")
@@ -124,8 +125,8 @@ def test_figures_of_the_readme_come_from_the_committed_results() -> None:
         "README.md",
         f"its network keeps {of_mnist_net[0]} points more than a vanilla one initialised as PyTorch does on MNIST, and "
         f"{of_fashion_net[0]} on FashionMNIST",
-        f"already keeps {of_mnist_net[1]} and {of_fashion_net[1]} more; the penalty with PyTorch's initialisation "
-        f"{of_mnist_net[2]} and {of_fashion_net[2]}",
+        f"already keeps {of_mnist_net[1]} and {of_fashion_net[1]} more, to which the penalty adds {of_mnist_net[3]} "
+        f"and {of_fashion_net[3]}; with PyTorch's initialisation it adds {of_mnist_net[2]} and {of_fashion_net[2]}",
         f"classifies {certified['clean', 0.0]} of the clean images, {certified['pgd', 0.1]} under PGD-40",
         f"{certified['certified', 0.1]} are certified there",
         f"leaves {everything['worst case', 0.1]} at 0.1",
@@ -324,4 +325,17 @@ def test_figures_of_the_changed_zubov_nets_come_from_the_committed_results() -> 
         f"partial attention changes nothing ({kept['partial attention']:.1f}%)",
         f"{mean('f of each step', *stays):.0f}% instead of {mean('', *stays):.0f}% of the states",
         f"{mean('convolutional flow', 'report', 'results', 0, 'mean'):.1f}% clean, {kept['convolutional flow']:.1f}%",
+    )
+
+
+def test_figures_on_rounding_come_from_the_committed_results() -> None:
+    with (ROOT / "bench" / "results" / "interval_rounding.csv").open() as file:
+        value, slope = csv.DictReader(file)
+    assert (value["radius"], slope["radius"]) == ("0.0", "1.0")
+    assert float(slope["worst"]) <= 1.0
+    assert_says(
+        "docs/certify.md",
+        f"over all {int(value['numbers']) / 1e9:.1f} billion float32 numbers from -120 to 120, at slope "
+        f"{value['negative_slope']} and step {float(value['step_size']):g}, the largest error uses up "
+        f"{float(value['worst']):.0%} of the radius",
     )
