@@ -643,15 +643,18 @@ def test_start_and_penalty_are_told_apart() -> None:
     assert "- `grid/authors/2`: seed 2" in text
 
 
+NEITHER = "no (contractive {:.1f}, vanilla 40.0)"
+
+
 @pytest.mark.parametrize(
     ("clean", "gain", "transfer", "verdicts"),
     [
-        (0.98, 0.34, 0.60, ["holds", "holds (gaussian 0.1)", "holds (pgd 0.05)", "no", "holds"]),
-        (0.95, 0.31, 0.48, ["holds", "holds (gaussian 0.1)", "holds (pgd 0.05)", "no", "holds"]),
-        (0.94, 0.10, 0.46, ["no", "in part (gaussian 0.1)", "in part (pgd 0.05)", "no", "no"]),
-        (0.94, 0.063, 0.46, ["no", "no", "in part (pgd 0.05)", "no", "no"]),  # a fifth of 30, not of 34
-        (0.94, 0.05, 0.10, ["no", "no", "no", "no", "no"]),
-        (0.94, -0.2, 0.10, ["no", "no", "no", "no", "no"]),
+        (0.98, 0.34, 0.60, ["holds", "holds (gaussian 0.1)", "holds (pgd 0.05)", NEITHER.format(74.0), "holds"]),
+        (0.95, 0.31, 0.48, ["holds", "holds (gaussian 0.1)", "holds (pgd 0.05)", NEITHER.format(71.0), "holds"]),
+        (0.94, 0.10, 0.46, ["no", "in part (gaussian 0.1)", "in part (pgd 0.05)", NEITHER.format(50.0), "no"]),
+        (0.94, 0.063, 0.46, ["no", "no", "in part (pgd 0.05)", NEITHER.format(46.3), "no"]),  # a fifth of 30, not of 34
+        (0.94, 0.05, 0.10, ["no", "no", "no", NEITHER.format(45.0), "no"]),
+        (0.94, -0.2, 0.10, ["no", "no", "no", "no (contractive 20.0, vanilla 20.0)", "no"]),
     ],
 )
 def test_claims(clean: float, gain: float, transfer: float, verdicts: list[str]) -> None:
@@ -686,9 +689,9 @@ def test_claims(clean: float, gain: float, transfer: float, verdicts: list[str])
     [
         (0.94, 0.65, "holds"),
         (0.969, 0.621, "holds"),
-        (0.965, 0.906, "in part (the contractive network's)"),
-        (0.90, 0.66, "in part (the vanilla one's)"),
-        (0.90, 0.61, "no"),  # the claimed gain, elsewhere
+        (0.965, 0.906, "no (vanilla 90.6)"),
+        (0.90, 0.66, "no (contractive 90.0)"),
+        (0.90, 0.61, "no (contractive 90.0, vanilla 61.0)"),  # the claimed gain, elsewhere
     ],
 )
 def test_a_claim_of_two_accuracies_asks_for_both(ours: float, theirs: float, verdict: str) -> None:

@@ -43,8 +43,8 @@ RULES = (
     "or more and for a gain in each of them. Otherwise a gain of a fifth or more is within the spread of seeds, or "
     "rests on one seed only; ± is the standard deviation of the gain over seeds. The claims are about "
     "the best of several tests (up to ...), so the one with the largest gain counts and is named; the smallest gain "
-    f"stands beside it. The claim about two accuracies holds if both are within {CLOSE:g} points of the claimed ones, "
-    "in part if one is. Attacks found on a vanilla network do not break another one at a radius if that one keeps half "
+    f"stands beside it. The claim about two accuracies holds if both are within {CLOSE:g} points of the claimed ones. "
+    "Attacks found on a vanilla network do not break another one at a radius if that one keeps half "
     "of the images it classifies rightly (the half is ours), in every measurement there is; in part: at some radii "
     f"and not at all. The radii are {', '.join(f'{eps:g}' for eps in TRANSFER_AT)}. The vanilla network attacked has "
     "the same initialisation in the grid (the largest radius, all images) and in suite `full` (without the smallest "
@@ -61,8 +61,8 @@ RULES = (
 class Verdict:
     """A claim, one comparison, what was found in it, and how that fits.
 
-    ``verdict``: "holds" or "in part" (with the test, the radii or which number, where there are several), "no",
-    "within the spread of seeds", "one seed only", or "not measured".
+    ``verdict``: "holds" or "in part" (with the test or the radii, where there are several), "no" (with what is not as
+    claimed, where there are two numbers), "within the spread of seeds", "one seed only", or "not measured".
     """
 
     claim: str
@@ -154,9 +154,9 @@ def _two_accuracies(rows: Rows, compared: str, contractive: str, vanilla: str) -
     if not measured:
         return _missing(claim, compared)
     found = [statistics.fmean(accuracy) for accuracy in zip(*measured, strict=True)]
-    kinds = ("the contractive network's", "the vanilla one's")
-    near = [kind for kind, value, at in zip(kinds, found, AT_SIGMA, strict=True) if abs(value - at) <= CLOSE]
-    verdict = "holds" if len(near) == 2 else f"in part ({near[0]})" if near else "no"
+    accuracy = dict(zip(("contractive", "vanilla"), zip(found, AT_SIGMA, strict=True), strict=True))
+    off = [f"{network} {value:.1f}" for network, (value, at) in accuracy.items() if abs(value - at) > CLOSE]
+    verdict = f"no ({', '.join(off)})" if off else "holds"
     return Verdict(claim, compared, len(measured), f"{found[0]:.1f}% against {found[1]:.1f}%", verdict)
 
 

@@ -6,12 +6,14 @@ import itertools
 import re
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from robust_node_fast.reproduce import claims
 from robust_node_fast.reproduce.cell import CellResult
 from robust_node_fast.reproduce.claims import Rows, accuracies, pairs
 from robust_node_fast.reproduce.grid import FULL_EPS, INITS, NORMS, SEEDS, STRICT_EPS, Cell
 from robust_node_fast.robustness import auto_attack
+from robust_node_fast.training import TrainConfig
 
 __all__ = ["as_table", "by_row", "failed_at", "markdown", "table"]
 
@@ -310,6 +312,11 @@ def _at_largest_alone(cell: CellResult) -> bool:
     return 0 < tried < len(cell.settings["eps"])
 
 
+def _network(cell: CellResult) -> dict[str, Any]:
+    """Its training settings; those that a cell does not know yet are at their defaults."""
+    return TrainConfig(**cell.settings["train"]).settings()
+
+
 def _older_checks(found: Sequence[CellResult]) -> Iterator[str]:
     """Which cells have milder checks for masked gradients than the present ones; how many networks are tried again."""
     by_accuracy, at_largest = (list(filter(kind, found)) for kind in (_compares_accuracies, _at_largest_alone))
@@ -326,8 +333,8 @@ def _older_checks(found: Sequence[CellResult]) -> Iterator[str]:
         )
     if said:
         older = [*by_accuracy, *at_largest]
-        checked = [cell.settings["train"] for cell in found if cell not in older]
-        again = sum(cell.settings["train"] in checked for cell in older)
+        checked = [_network(cell) for cell in found if cell not in older]
+        again = sum(_network(cell) in checked for cell in older)
         said.append(f"The networks of {again} of these were tried again under the present checks, in another part.")
         yield from ("", " ".join(said))
 
