@@ -991,11 +991,21 @@ def test_verdicts_compare_the_same_seeds_and_are_bold_with_three() -> None:
     assert "points apart | **holds** |" in reproduce.markdown(cells, results)
 
 
-@pytest.mark.parametrize(("step", "verdict"), [(0.004, "holds"), (0.006, "no")])
-def test_claim_about_the_rate(step: float, verdict: str) -> None:
+@pytest.mark.parametrize(
+    ("step", "noisy", "verdict"),
+    [
+        (0.004, 0.004, "holds"),
+        (0.004, 0.006, "in part (clean)"),
+        (0.006, 0.004, "in part (gaussian 0.2)"),
+        (0.006, 0.006, "no"),
+    ],
+)
+def test_claim_about_the_rate(step: float, noisy: float, verdict: str) -> None:
     cells = reproduce.cells("mnist", seeds=1, only=["rho/default"])
     results = {
-        cell.name: made_up(cell, lambda name, strength, level=0.9 - number * step: level)
+        cell.name: made_up(
+            cell, lambda name, strength, number=number: 0.9 - number * (noisy if name == "gaussian" else step)
+        )
         for number, cell in enumerate(cells)
     }
     (found,) = [v for v in claims.verdicts(reproduce.by_row(cells, results)["rho"], "mnist") if v.seeds]
