@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import functools
 import json
 import math
 import shutil
-import statistics
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +27,7 @@ from robust_node_fast.zubov import contenders, curves, exact, experiments, losse
 from robust_node_fast.zubov.attraction import attracted_to, overlap, plane
 
 DIGITS = data.load("digits")
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "docs" / "results" / "zubov"
+RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results" / "zubov"
 run = CliRunner()
 
 
@@ -577,30 +574,6 @@ def test_image_cells_need_autoattack(tmp_path: Path, monkeypatch: pytest.MonkeyP
     done = run.invoke(cli.app, command)
     assert (done.exit_code, done.stderr.count("\n")) == (1, 2)  # how many cells are done, and why not this one
     assert "pip install pyautoattack" in done.stderr
-
-
-def test_every_method_has_what_was_best_on_held_out_images() -> None:
-    """Learning rate and weight, by the file that bench/choose.py wrote: the most robust of what is nearly as clean."""
-    with (ROOT / "bench" / "results" / "choices.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    for cell in experiments.cells(seeds=1):
-        if not isinstance(cell, experiments.Images) or "consistency" in cell.change:
-            continue
-        config = cell.config
-        weight = {"zubov": config.zubov.consistency, "resnet": 0.0, "node": 0.0}.get(
-            config.model, config.penalty_weight
-        )
-        seeds: dict[tuple[float, float], list[tuple[float, float]]] = {}
-        for row in rows:
-            if (row["part"], row["method"]) == (cell.part, config.model):
-                found = float(row["clean"]), float(row["pgd_margin"])
-                seeds.setdefault((float(row["lr"]), float(row["weight"])), []).append(found)
-        assert {len(found) for found in seeds.values()} == {3 if cell.part == "digits" else 1}
-        means = {tried: [statistics.fmean(each) for each in zip(*found, strict=True)] for tried, found in seeds.items()}
-        cleanest = max(clean for clean, _ in means.values())
-        near = {tried: kept for tried, (clean, kept) in means.items() if clean >= cleanest - 0.01}
-        assert max(near, key=lambda tried: near[tried]) == (config.lr, weight), (cell.part, config.model)
-        assert len(means) >= 5
 
 
 def test_pictures_show_what_the_tables_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

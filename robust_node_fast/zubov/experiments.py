@@ -8,7 +8,7 @@ import json
 import platform
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from robust_node_fast.zubov.losses import zubov_residual
 from robust_node_fast.zubov.lyapunov import ConvexLyapunov
 from robust_node_fast.zubov.network import ZubovNet
 
-__all__ = ["PARTS", "Exact", "Images", "Plane", "cells", "compute", "label", "margin_attack", "path_of", "read"]
+__all__ = ["PARTS", "Exact", "Images", "Plane", "cells", "compute", "label", "path_of", "read"]
 
 PROTOCOL = 4  # raised by every change of what a cell's numbers mean
 STILL_GOOD = {2}  # for the networks beside Zubov-Nets: milder checks, the same numbers
@@ -52,8 +52,6 @@ SMALL: dict[str, Any] = {
     "grad_clip": 0.0,
     "zubov": {"backbone": "conv", "dim": 16, "field_width": 128, "width": 32, "depth": 2, "n_rays": 16},
 }
-# Where other values than the recipe's were the best on training images that were held out: bench/choose.py.
-CHOSEN: dict[tuple[str, str], dict[str, Any]] = {}
 # Weight decay so strong that the backbone's layers shrink to nothing, and all states become the same.
 COLLAPSING: dict[str, Any] = {
     "steps": 400,
@@ -201,16 +199,13 @@ def _on_images(seeds: int) -> Iterator[Images]:
     for part in PARTS[1:]:
         for seed in range(seeds):
             for method in contenders.METHODS:
-                yield Images(_recipe(part, method, seed), ATTACKED[part], EPS[part])
+                small = SMALL if part == "cifar10" else {}
+                config = TrainConfig.recipe(part, "zubov", **small, model=method, seed=seed)
+                yield Images(config, ATTACKED[part], EPS[part])
     for change, zubov in CHANGES.items():
         for seed in range(seeds):
-            yield Images(_recipe("digits", "zubov", seed, zubov), ATTACKED["digits"], EPS["digits"], change)
-
-
-def _recipe(part: str, method: str, seed: int, zubov: Mapping[str, Any] | None = None) -> TrainConfig:
-    small, chosen = SMALL if part == "cifar10" else {}, CHOSEN.get((part, method), {})
-    own = {**small.get("zubov", {}), **chosen.get("zubov", {}), **(zubov or {})}
-    return TrainConfig.recipe(part, "zubov", **{**small, **chosen, "zubov": own}, model=method, seed=seed)
+            config = TrainConfig.recipe("digits", "zubov", model="zubov", seed=seed, zubov=zubov)
+            yield Images(config, ATTACKED["digits"], EPS["digits"], change)
 
 
 def _with_steps(cell: Cell, steps: int) -> Cell:
@@ -443,7 +438,7 @@ def _evaluated(cell: Images, net: nn.Module, dataset: data.Dataset, on_progress:
         "meeting": _meeting(net.lyapunov) if isinstance(net, ZubovNet) else None,
         "certified": _certified(net, images, labels, seed) if isinstance(net, ZubovNet) else None,
         "bare_accuracy": float(torch.cat(right).double().mean()),
-        "margin": {str(radius): margin_attack(net, images, labels, radius, seed) for radius in cell.eps},
+        "margin": {str(radius): _margin_attack(net, images, labels, radius, seed) for radius in cell.eps},
         "autoattack": {str(cell.middle): _autoattack(net, images, labels, cell, on_progress)},
         "report": json.loads(report.to_json()),
     }
@@ -455,7 +450,7 @@ def _certified(net: ZubovNet, images: Tensor, labels: Tensor, seed: int) -> dict
     radius = margin_radius(net, images, labels)
     median = float(radius.median())
     held = radius >= median
-    left = margin_attack(net, images[held], labels[held], median, seed) if median > 0 else 1.0
+    left = _margin_attack(net, images[held], labels[held], median, seed) if median > 0 else 1.0
     return {
         "median": median,
         "tenth": float(radius.quantile(0.1)),
@@ -464,7 +459,7 @@ def _certified(net: ZubovNet, images: Tensor, labels: Tensor, seed: int) -> dict
     }
 
 
-def margin_attack(net: nn.Module, images: Tensor, labels: Tensor, eps: float, seed: int) -> float:
+def _margin_attack(net: nn.Module, images: Tensor, labels: Tensor, eps: float, seed: int) -> float:
     """Accuracy under PGD that climbs the difference of two logits: of two V, straight on, in a Zubov-Net."""
     generator = torch.Generator().manual_seed(seed)
     right = 0
