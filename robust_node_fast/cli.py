@@ -353,6 +353,9 @@ def evaluate(
         ),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Number of noise seeds.")] = 3,
+    attack_seeds: Annotated[
+        int, typer.Option(min=1, help="Of these, how many attacks with random starts run with: so much longer.")
+    ] = 1,
     samples: Annotated[int | None, typer.Option(min=1, help="First test images.", show_default="all")] = None,
     transfer_from: Annotated[
         list[Path] | None,
@@ -392,6 +395,7 @@ def evaluate(
                         eps=eps,
                         eps_l2=eps_l2 or None,
                         seeds=range(seeds),
+                        attack_seeds=attack_seeds,
                         sources=sources,
                         certify=training.certificate(model),
                         checkpoint=unfinished,

@@ -578,6 +578,33 @@ def test_accuracies_are_those_of_the_parts(report: robustness.Report, trained: n
         assert report.results[3].per_seed[k] == accuracy(noisy)
 
 
+def test_attacks_from_several_seeds_are_told_apart(trained: nn.Module, digits: data.Dataset, tmp_path: Path) -> None:
+    """Each runs by itself; the first is the one that runs alone by default; the worst case is that of all of them."""
+    pair = digits.test_images[:200], digits.test_labels[:200]
+    options: dict[str, Any] = {"eps": (0.05, 0.1), "seeds": (4, 5, 6), "sources": {"other": trained}}
+    alone = robustness.evaluate(trained, pair, **options)
+    for path in (None, tmp_path / "evaluation"):  # with a checkpoint nothing changes
+        found = robustness.evaluate(trained, pair, **options, attack_seeds=3, checkpoint=path)
+        assert found.settings["attack_seeds"] == 3
+        spreads = []
+        for one, three in zip(alone.results, found.results, strict=True):
+            assert (one.name, one.strength) == (three.name, three.strength)
+            several = one.name.startswith(("pgd", "gaussian", "salt"))
+            assert len(three.per_seed) == (3 if several else 1), one.name
+            if one.name != "worst case":
+                assert one.per_seed[0] == three.per_seed[0]
+            if one.name.startswith("pgd"):
+                spreads.append(three.std)
+                worst = found.accuracy("worst case", one.strength)
+                assert worst <= min(three.per_seed)
+                assert worst <= alone.accuracy("worst case", one.strength)
+        assert max(spreads) > 0.0
+        assert len({round(spread, 9) for spread in spreads}) > 1
+    for wrong, message in ((4, "more than there are seeds"), (0, "attack_seeds=0"), (True, "attack_seeds")):
+        with pytest.raises((TypeError, ValueError), match=message):
+            robustness.evaluate(trained, pair, **options, attack_seeds=wrong)
+
+
 def test_strength_costs_accuracy_and_the_checks_hold(report: robustness.Report) -> None:
     gaussian = [report.accuracy("gaussian", sigma) for sigma in (0.1, 0.2, 0.3)]
     assert report.accuracy("clean") >= gaussian[0] > gaussian[1] > gaussian[2]

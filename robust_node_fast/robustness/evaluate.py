@@ -33,16 +33,17 @@ NO_BLACK_BOX_IN_L2 = "No attack without gradients was run in l_2: masked gradien
 
 Batch = tuple[Tensor, Tensor]
 Certify = Callable[[nn.Module, Tensor, Tensor, float], Tensor]
-_Found = dict[tuple[str, str], tuple[Tensor, Tensor]]  # by norm and attack: images, and what the model takes them for
+# By norm, attack and random start: images, and what the model takes them for.
+_Found = dict[tuple[str, str, int], tuple[Tensor, Tensor]]
 
 
 class _Ball:
     """All attacks of one radius in one norm, image by image."""
 
-    def __init__(self, attacks: Sequence[Attack], norm: str, eps: float, seed: int, shown: bool) -> None:
+    def __init__(self, attacks: Sequence[Attack], norm: str, eps: float, seeds: Sequence[int], shown: bool) -> None:
         self.norm, self.eps, measure = norm, eps, BALLS[norm]
         self.attacks = [
-            (attack, Tally(attack.name, eps, measure, (seed,), attack.settings(eps), shown))
+            (attack, Tally(attack.name, eps, measure, _starts(attack, seeds), attack.settings(eps), shown))
             for attack in attacks
             if attack.norm == norm
         ]
@@ -65,15 +66,17 @@ class _Ball:
         survives, iterative, white = unharmed, torch.ones_like(unharmed), unharmed
         broken = {}
         for attack, tally in self.attacks:
-            adversarial, predicted = found[self.norm, attack.name]
-            with tally.timed():
-                left = predicted == labels
-                if attack.kind == "single step":
-                    left = left | ~unharmed  # that it helps none is one of the checks
-                if bool(left.any()):
-                    adversarial[left] = attack.run(model, images[left], labels[left], self.eps, tally.generators[0])
-                    predicted[left] = predict(model, adversarial[left], labels[left])
-            right = tally.classified(adversarial, labels, predicted)
+            right = torch.ones_like(unharmed)  # whatever it starts from
+            for k, generator in enumerate(tally.generators):
+                adversarial, predicted = found[self.norm, attack.name, k]
+                with tally.timed():
+                    left = predicted == labels
+                    if attack.kind == "single step":
+                        left = left | ~unharmed  # that it helps none is one of the checks
+                    if bool(left.any()):
+                        adversarial[left] = attack.run(model, images[left], labels[left], self.eps, generator)
+                        predicted[left] = predict(model, adversarial[left], labels[left])
+                right = right & tally.classified(adversarial, labels, predicted, k)
             survives = survives & right
             if attack.kind == "iterative":
                 iterative = iterative & right
@@ -120,6 +123,7 @@ def evaluate(
     eps: float | Sequence[float] = 0.1,
     eps_l2: float | Sequence[float] | None = None,
     seeds: Sequence[int] = (0, 1, 2),
+    attack_seeds: int = 1,
     sources: Mapping[str, nn.Module] | None = None,
     transfer_eps: Sequence[float] | None = None,
     certify: Certify | None = None,
@@ -130,7 +134,7 @@ def evaluate(
 ) -> Report:
     """Accuracy on clean images, under noise and under attack, and in the worst case over all attacks image by image.
 
-    Noise is drawn for every seed and not clipped; attacks start from the first seed. The suites:
+    Noise is drawn for every seed and not clipped; attacks start from the first seed, or the first few. The suites:
 
     - ``"quick"``: Gaussian noise of sigma 0.2; FGSM; PGD with 10 steps.
     - ``"standard"``: Gaussian noise of sigma 0.1, 0.2 and 0.3, salt-and-pepper noise on 5% and 20% of the pixels; FGSM;
@@ -152,6 +156,9 @@ def evaluate(
         eps: l_inf radius of the attacks, or several; taken in ascending order.
         eps_l2: l_2 radius, or several, or ``()`` for no attack in l_2; None: 0.5, 1 and 2 in the full suite, else none.
         seeds: of the noise; the spread over them is reported.
+        attack_seeds: how many of them attacks with random starts run with, each for itself: the spread is reported, and
+            in the worst case an image has fallen that falls to one of them. FGSM has no random start, and AutoAttack
+            has restarts of its own: they run once.
         sources: other models, on the same device, by name: the suite's PGD climbs the loss of each, and ``model`` is
             shown every iterate (transfer).
         transfer_eps: those radii in ``eps`` at which it does. None: all.
@@ -168,7 +175,8 @@ def evaluate(
         TypeError, ValueError: ``model`` or a source is in training mode or has weights that are not finite; ``data`` is
             empty, its images and labels do not fit, are not finite or out of [0, 1], or a label is no class of the
             model; a radius is negative; ``seeds`` is empty; ``transfer_eps`` names another radius than ``eps``;
-            ``attack_samples`` or ``batch_size`` is no int of at least 1; ``seeds`` names one twice; unknown ``suite``;
+            ``attack_seeds``, ``attack_samples`` or ``batch_size`` is no int of at least 1, or there are more
+            ``attack_seeds`` than seeds; ``seeds`` names one twice; unknown ``suite``;
             logits are not finite; ``checkpoint`` without a pair.
         OSError: ``checkpoint`` cannot be written.
     """
@@ -185,6 +193,9 @@ def evaluate(
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds={list(seeds)} names one twice, expected different ones: the spread over them counts")
     _checks.count("batch_size", batch_size)
+    _checks.count("attack_seeds", attack_seeds)
+    if attack_seeds > len(seeds):
+        raise ValueError(f"attack_seeds={attack_seeds} is more than there are seeds, expected at most {len(seeds)}")
     if attack_samples is not None:
         _checks.count("attack_samples", attack_samples)
     transfer_radii = radii["inf"] if transfer_eps is None else _radii("transfer_eps", transfer_eps)
@@ -220,7 +231,7 @@ def evaluate(
             (*attacks, *(shown if radius in transfer_radii else ())),
             norm,
             radius,
-            seeds[0],
+            seeds[:attack_seeds],
             shown=radius == max(radii[norm]),
         )
         for norm in BALLS
@@ -239,7 +250,8 @@ def evaluate(
             *(tally for ball in balls for tally in ball.tallies()),
         ]
         lines_of = [(tally.name, tally.strength, tally.settings) for tally in counted]
-        run = (suite, names, radii, transfer_radii, tuple(seeds), certificate, attack_samples, batch_size, lines_of)
+        randomness = (tuple(seeds), attack_seeds)
+        run = (suite, names, radii, transfer_radii, *randomness, certificate, attack_samples, batch_size, lines_of)
         evaluation = _digest((__version__, torch.__version__, *run), networks, data, certify, radii["inf"])
         progress = Progress(checkpoint, counted, evaluation)
         done = progress.restore()
@@ -263,7 +275,11 @@ def evaluate(
                     with tally.timed():
                         noisy = noise.apply(images, tally.strength, generator)
                         tally.classified(noisy, labels, predict(model, noisy, labels), k)
-            found = {(attack.norm, attack.name): (images[few].clone(), predicted[few].clone()) for attack in every}
+            found = {
+                (attack.norm, attack.name, k): (images[few].clone(), predicted[few].clone())
+                for attack in every
+                for k in range(attack_seeds)
+            }
             certified = torch.ones_like(unharmed)
             for ball in balls:
                 survives = ball.run(model, images[few], labels[few], unharmed[few], found)
@@ -294,6 +310,7 @@ def evaluate(
         "eps": radii["inf"],
         "eps_l2": radii["2"],
         "seeds": list(seeds),
+        "attack_seeds": attack_seeds,
         "sources": list(sources),
         "transfer_eps": transfer_radii if sources else [],
         "attack_samples": attack_samples,
@@ -316,6 +333,11 @@ def evaluate(
         rates=_rates(model),
         examples=tuple(tally.example for tally in lines if tally.example is not None),
     )
+
+
+def _starts(attack: Attack, seeds: Sequence[int]) -> tuple[int, ...]:
+    """The seeds that an attack runs with: one, if it has no random start or restarts of its own."""
+    return tuple(seeds[:1] if attack.kind in ("single step", "AutoAttack") else seeds)
 
 
 def _device_of(model: nn.Module) -> torch.device:
