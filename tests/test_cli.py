@@ -175,7 +175,7 @@ def test_evaluate_writes_its_report(trained: Path) -> None:
         assert (trained / network / "report.png").read_bytes().startswith(b"\x89PNG")
         assert (trained / network / "report.html").read_text().startswith("<!DOCTYPE html>")
     assert result.stdout.count("held: eps 0 = clean") == 2
-    assert result.stdout.count("All 7 checks held.") + result.stdout.count("UNRELIABLE") == 2
+    assert result.stdout.count("All 8 checks held.") + result.stdout.count("UNRELIABLE") == 2
 
 
 def test_a_killed_evaluation_goes_on(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
