@@ -75,6 +75,7 @@ EFFECTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "zubov.separation": (3.0, {**ZUBOV, "zubov": {"margin": 3.0}}),
     "zubov.spacing": (3.0, {**ZUBOV, "zubov": {"margin": 3.0}}),
     "zubov.containment": (3.0, ZUBOV),
+    "zubov.arrival": (3.0, ZUBOV),
     "zubov.exclusion": (3.0, {**ZUBOV, "zubov": {"margin": 3.0}}),
     "zubov.temperature": (2.0, ZUBOV),
     "zubov.margin": (3.0, ZUBOV),

@@ -6,6 +6,7 @@ import copy
 import csv
 import importlib.util
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from hypothesis import example, given, settings
 from torch import Tensor, nn
 from torch.autograd import gradcheck
 from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import robust_node_fast as rnf
 from robust_node_fast import zubov
@@ -38,12 +40,12 @@ def in_double(lyapunov: zubov.ConvexLyapunov) -> zubov.ConvexLyapunov:
     return copy.deepcopy(lyapunov).double()
 
 
-def scaled(lyapunov: zubov.ConvexLyapunov, gain: float) -> zubov.ConvexLyapunov:
+def scaled(module: Any, gain: float) -> Any:
     """All parameters times ``gain``: from nearly quadratic to sharp kinks and one-hot attention."""
     with torch.no_grad():
-        for parameter in lyapunov.parameters():
+        for parameter in module.parameters():
             parameter.mul_(gain)
-    return lyapunov
+    return module
 
 
 def exact_system(dtype: torch.dtype = torch.float64) -> zubov.ConvexLyapunov:
@@ -65,15 +67,25 @@ def exact_system(dtype: torch.dtype = torch.float64) -> zubov.ConvexLyapunov:
     width=st.integers(1, 9),
     depth=st.integers(1, 4),
     partial=st.booleans(),
+    normalized=st.booleans(),
     gain=st.sampled_from((0.1, 1.0, 4.0)),
     spread=st.sampled_from((1e-2, 1.0, 30.0)),
 )
 @settings(max_examples=60)
 def test_convex_along_segments_positive_and_zero_at_the_equilibrium(
-    seed: int, dim: int, k: int, width: int, depth: int, partial: bool, gain: float, spread: float
+    seed: int,
+    dim: int,
+    k: int,
+    width: int,
+    depth: int,
+    partial: bool,
+    normalized: bool,
+    gain: float,
+    spread: float,
 ) -> None:
     torch.manual_seed(seed)
-    lyapunov = scaled(functions(dim, k, width=width, depth=depth, partial=partial), gain)
+    options = {"width": width, "depth": depth, "partial": partial, "normalized": normalized}
+    lyapunov = scaled(functions(dim, k, **options), gain)
     a, b = spread * torch.randn(2, 16, dim, dtype=torch.float64)
     share = torch.rand(16, 1, dtype=torch.float64)
     with torch.no_grad():
@@ -166,8 +178,8 @@ def with_gradients(function: Any, model: zubov.ConvexLyapunov, *inputs: Tensor) 
 @BOTH
 @DTYPES
 def test_value_and_derivative_against_a_loop_over_classes(partial: bool, dtype: torch.dtype) -> None:
-    for depth in (1, 2, 3):
-        lyapunov = functions(partial=partial, depth=depth, dtype=dtype)
+    for depth, normalized in ((1, True), (2, True), (3, True), (3, False)):
+        lyapunov = functions(partial=partial, normalized=normalized, depth=depth, dtype=dtype)
         double = in_double(lyapunov)
         x, dx = (torch.randn(6, 3, dtype=dtype).requires_grad_() for _ in range(2))
 
@@ -204,6 +216,8 @@ def test_transforms_state_dict_and_compile(partial: bool) -> None:
     assert torch.equal(other(x[0]), lyapunov(x[0]))
     assert torch.equal(copy.deepcopy(lyapunov)(x[0]), lyapunov(x[0]))
     with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(TypeError, match=r"x has dtype torch\.float64, expected torch\.float32"):
+            lyapunov(torch.randn(2, 3, dtype=torch.float64))
         assert torch.equal(lyapunov(x[0]), other(x[0]))
         assert lyapunov(x[0].bfloat16()).dtype == torch.float32
     torch._dynamo.reset()
@@ -420,7 +434,7 @@ def test_closed_form_of_the_decay() -> None:
     assert exact.decay_error(exact_system(), n_steps=10) > 1e-6  # a coarse one is seen
 
 
-LOSSES = ("consistency", "classification", "separation", "spacing", "containment", "exclusion")
+LOSSES = ("consistency", "classification", "separation", "spacing", "containment", "exclusion", "arrival")
 
 
 @torch.no_grad()
@@ -463,6 +477,12 @@ def test_losses_against_the_formulas(partial: bool, reach: float, floor: float |
             1.0 if floor is None else value[0, k] + floor
         )
 
+    def near_residual(k: int, x: Tensor, n: int) -> Tensor:
+        """Relative to V, of f less what it is at the equilibrium."""
+        both = net.vector_field(n * 0.2, torch.stack([x, lyapunov.equilibria[k]]))
+        value, derivative = zubov.reference.value_and_derivative(lyapunov, x[None], both[:1] - both[1:])
+        return derivative[0, k] / value[0, k] + 1.7 * (1 - value[0, k])
+
     visited = [residual(int(y), trajectory[n, i], n) for i, y in enumerate(labels) for n in range(steps)]
     kinds = [[residual(k, part[k, r], r % steps) for k in range(4) for r in range(6)] for part in (inside, boundary)]
     expected = sum(torch.stack(kind).square().mean() for kind in (visited, *kinds)) / 3
@@ -497,6 +517,12 @@ def test_losses_against_the_formulas(partial: bool, reach: float, floor: float |
     assert found["exclusion"] == 0.0
     assert_close(excluded.detach(), 3.0 * torch.stack(others).sum().detach() / 5, 1e-9)
     assert excluded > 0
+    assert found["arrival"] == 0.0
+    nothing = dict.fromkeys(LOSSES, 0.0)
+    arriving = losses(lyapunov, net.fields, trajectory, labels, **options, **{**nothing, "arrival": 2.0})["arrival"]
+    near = centre + (0.01 + 0.09 * share) * (boundary - centre)
+    expected = torch.stack([near_residual(k, near[k, r], r % steps) for k in range(4) for r in range(6)])
+    assert_close(arriving.detach(), 2.0 * expected.square().mean().detach(), 1e-7)
 
 
 @EQUATION
@@ -546,7 +572,7 @@ def test_what_has_weight_zero_is_not_computed() -> None:
         assert {key: float(value) for key, value in found.items() if key != name} == {
             key: 0.0 for key in LOSSES if key != name
         }
-    for name in ("separation", "spacing"):
+    for name in ("separation", "spacing", "arrival"):
         with pytest.raises(ValueError, match="V stays below level"):
             losses(lyapunov, field, trajectory, labels, **{**nothing, name: 1.0})
 
@@ -657,9 +683,67 @@ def test_functions_that_are_all_the_same_have_collapsed() -> None:
     same = functions(equilibria=torch.zeros(4, 3))
     state = {key: value.expand_as(same.state_dict()[key]) for key, value in one.state_dict().items()}
     same.load_state_dict(state)
-    trajectory, labels = batch()
-    with pytest.raises(ValueError, match="or for all classes: backbone, flow or Lyapunov functions have collapsed"):
+    trajectory, labels = batch(size=8)
+    with pytest.raises(
+        zubov.Degenerate, match="or for all classes: backbone, flow or Lyapunov functions have collapsed"
+    ):
         losses(same, torch.tanh, trajectory, labels)
+
+
+def test_a_small_batch_of_one_image_and_a_high_temperature_are_no_collapse() -> None:
+    lyapunov = functions()
+    trajectory, labels = batch(size=2)
+    losses(lyapunov, torch.tanh, trajectory[:, :1].expand(-1, 2, -1), torch.tensor([0, 1]))
+    trajectory, labels = batch(size=8)
+    losses(lyapunov, torch.tanh, trajectory, labels, temperature=1e6)
+    with pytest.raises(zubov.Degenerate, match="V is the same for all states"):
+        losses(lyapunov, torch.tanh, trajectory[:, :1].expand(-1, 8, -1), labels)
+
+
+def test_no_loop_over_classes_or_rays() -> None:
+    """As many operations for five times the classes, and for eight times the rays, forward and backward."""
+
+    class Count(TorchDispatchMode):
+        number = 0
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.number += 1
+            return function(*args, **(kwargs or {}))
+
+    def operations(k: int, n_rays: int) -> int:
+        lyapunov = functions(8, k, width=16)
+        trajectory, labels = batch(8, k, size=32)
+        weights = dict.fromkeys(LOSSES, 1.0)
+        with Count() as counted:
+            found = losses(lyapunov, torch.tanh, trajectory, labels, n_rays=n_rays, **weights)
+            torch.stack(list(found.values())).sum().backward()
+        return counted.number
+
+    least = operations(2, 8)
+    assert operations(10, 8) < 1.2 * least  # Newton's iterations may be a few more
+    assert operations(2, 64) < 1.2 * least
+
+
+def test_boundary_points_under_torch_func() -> None:
+    lyapunov = functions()
+    names, values = zip(*lyapunov.named_parameters(), strict=True)
+
+    class Farthest(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = lyapunov
+
+        def forward(self) -> Tensor:
+            generator = torch.Generator().manual_seed(0)
+            return zubov.sample_boundary(self.inner, 3, generator=generator).square().sum()
+
+    def loss(parameters: dict[str, Tensor]) -> Tensor:
+        return functional_call(Farthest(), {f"inner.{name}": value for name, value in parameters.items()}, ())
+
+    found = torch.func.grad(loss)({name: value.detach() for name, value in zip(names, values, strict=True)})
+    expected = torch.autograd.grad(Farthest()(), values)
+    for name, gradient in zip(names, expected, strict=True):
+        assert_close(found[name], gradient, 1e-12)
 
 
 def test_missing_classes_and_empty_batches_are_finite() -> None:
@@ -708,10 +792,10 @@ def test_bad_input_of_the_losses() -> None:
         (ValueError, "n_rays=0 is too small", {"n_rays": 0}),
         (
             ValueError,
-            "the logits are the same for all states of the batch, whose labels differ, or for all classes",
-            {"trajectory": trajectory[:, :1].expand(-1, 5, -1), "labels": torch.arange(5) % 4},
+            "V is the same for all states of the batch, whose labels differ, or for all classes",
+            {"trajectory": trajectory[:, :1].expand(-1, 8, -1), "labels": torch.arange(8) % 4},
         ),
-        (ValueError, "the logits are the same", {"temperature": 1e6}),
+        (TypeError, "vector_field is a NoneType, expected a function", {"vector_field": None}),
         (ValueError, "V is not finite at a state", {"trajectory": 1e200 * trajectory, "consistency": 0.0}),
         (
             ValueError,
@@ -754,21 +838,23 @@ def test_consistency_is_learned() -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def dense_net(seed: int = 0, *, shared: bool = False, gain: float = 1.0) -> zubov.ZubovNet:
+def dense_net(seed: int = 0, *, shared: bool = False, gain: float = 1.0, normalized: bool = True) -> zubov.ZubovNet:
     torch.manual_seed(seed)
     backbone = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3))
     dynamics = zubov.DenseFlow(3, 3, 0.2, width=5, shared_weights=shared)
-    net = zubov.ZubovNet(backbone, dynamics, functions(3, 4, dtype=torch.float32), temperature=0.5)
-    with torch.no_grad():
-        for parameter in net.parameters():
-            parameter.mul_(gain)
+    lyapunov = functions(3, 4, normalized=normalized, dtype=torch.float32)
+    net = zubov.ZubovNet(backbone, dynamics, lyapunov, temperature=0.5)
+    scaled(net, gain)
     return net
 
 
-def conv_net(*, shared: bool = False) -> zubov.ZubovNet:
+def conv_net(seed: int = 0, *, shared: bool = False, gain: float = 1.0, normalized: bool = True) -> zubov.ZubovNet:
+    torch.manual_seed(seed)
     backbone = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), rnf.nn.SmoothLeakyReLU())
     dynamics = rnf.nn.EulerConvFlow(2, 3, 0.1, shared_weights=shared)
-    return zubov.ZubovNet(backbone, dynamics, functions(2 * 16, 3, dtype=torch.float32))
+    net = zubov.ZubovNet(backbone, dynamics, functions(2 * 16, 3, normalized=normalized, dtype=torch.float32))
+    scaled(net, gain)
+    return net
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -799,6 +885,9 @@ def test_network(kind: str, shared: bool) -> None:
 
 def test_states_of_another_shape_are_refused() -> None:
     """Laid out as squares they would be those of another system."""
+    for states in (torch.randn(2, 4), torch.randn(3)):
+        with pytest.raises(ValueError, match=r"input has shape .*, expected \(B, 3\)"):
+            zubov.DenseFlow(3, 2, 0.1)(states)
     net = conv_net(shared=False)
     backbone = nn.Conv2d(1, 2, 3, padding=1)
     wide = zubov.ZubovNet(backbone, net.dynamics, net.lyapunov)
@@ -852,15 +941,15 @@ def worst_margin(net: zubov.ZubovNet, x: Tensor, y: Tensor, radius: Tensor, p: s
     gain=st.floats(0.5, 2.5),
     p=st.sampled_from(("inf", "2", "1")),
     shared=st.booleans(),
-    kind=st.sampled_from(("dense", "conv")),
+    normalized=st.booleans(),
+    make=st.sampled_from((dense_net, conv_net)),
 )
 @settings(max_examples=20)
 def test_no_attack_on_the_margin_breaks_the_certificate(
-    seed: int, gain: float, p: str, shared: bool, kind: str
+    seed: int, gain: float, p: str, shared: bool, normalized: bool, make: Callable[..., zubov.ZubovNet]
 ) -> None:
-    net = dense_net(seed, shared=shared, gain=gain) if kind == "dense" else conv_net(shared=shared)
-    net.eval()
-    x = torch.randn(8, 5) if kind == "dense" else torch.rand(8, 1, 4, 4)
+    net = make(seed, shared=shared, gain=gain, normalized=normalized).eval()
+    x = torch.randn(8, 5) if make is dense_net else torch.rand(8, 1, 4, 4)
     y = net(x).argmax(1)
     radius = zubov.margin_radius(net, x, y, p=p)
     assert radius.dtype == torch.float64
@@ -883,6 +972,23 @@ def test_certificate_is_tight_where_everything_is_linear() -> None:
         radius = zubov.margin_radius(net, x, torch.zeros(2).long(), p=p)
         assert_close(radius, torch.tensor([0.7, 0.01]).double(), 1e-6)
         assert (radius < torch.tensor([0.7, 0.01]).double()).all()
+
+
+def test_certificate_behind_a_rotation_is_nearly_what_attacks_need() -> None:
+    """A quarter more breaks most: a certificate that claims too much by that would be seen to."""
+    torch.manual_seed(0)
+    backbone = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)).double()
+    for layer in backbone:
+        nn.init.orthogonal_(layer.weight)
+    flow = zubov.DenseFlow(3, 1, 0.1, dtype=torch.float64)
+    nn.init.zeros_(flow.weight2)
+    net = zubov.ZubovNet(backbone, flow, functions(3, 3)).eval()
+    x = 0.2 * torch.randn(64, 3, dtype=torch.float64)
+    y = net(x).argmax(1)
+    radius = zubov.margin_radius(net, x, y, p="2")
+    assert (worst_margin(net, x, y, radius, "2") > 0).all()
+    broken = (worst_margin(net, x, y, 1.25 * radius, "2") < 0).double().mean()
+    assert broken > 0.5
 
 
 @BOTH

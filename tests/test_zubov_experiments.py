@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import functools
 import json
 import math
 import shutil
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,8 @@ from robust_node_fast.zubov import contenders, curves, exact, experiments, losse
 from robust_node_fast.zubov.attraction import attracted_to, overlap, plane
 
 DIGITS = data.load("digits")
-RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results" / "zubov"
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "docs" / "results" / "zubov"
 run = CliRunner()
 
 
@@ -39,7 +42,7 @@ run = CliRunner()
 def test_simulated_region_of_the_exact_system_is_the_unit_disc() -> None:
     """And outside of it states run away until they overflow, which is no convergence."""
     grid = plane(torch.tensor([-1.5, -1.5]), torch.tensor([1.5, 1.5]), 81)
-    found = attracted_to(exact.field, grid, torch.zeros(1, 2)) == 0
+    found = attracted_to(exact.field, grid, torch.zeros(1, 2)).nearest == 0
     disc = grid.square().sum(1) < 1.0
     assert overlap(found, disc) == 1.0
     assert 0 < int(disc.sum()) < len(disc)
@@ -66,16 +69,33 @@ def test_the_exact_system_is_a_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_state_at_rest_elsewhere_or_passing_by_is_not_attracted() -> None:
     points = torch.tensor([[0.05, 0.0], [3.0, 0.0]])
-    assert attracted_to(torch.zeros_like, points, torch.zeros(1, 2)).tolist() == [0, -1]
-    passing = attracted_to(lambda x: torch.full_like(x, 1e-2), torch.tensor([[-0.5, -0.5]]), torch.zeros(1, 2))
-    assert passing.tolist() == [-1]  # within the radius after 50 units of time, at a speed of 1e-2
+    found = attracted_to(torch.zeros_like, points, torch.zeros(1, 2))
+    assert (found.nearest.tolist(), found.moving.tolist(), found.time) == ([0, -1], [False, False], 100.0)
+    passing = attracted_to(lambda x: torch.full_like(x, 5e-3), torch.tensor([[-0.5, -0.5]]), torch.zeros(1, 2))
+    assert passing.nearest.tolist() == [-1]  # within the radius after 100 units of time, at a speed of 5e-3
+    assert passing.moving.tolist() == [True]
     both = attracted_to(lambda x: x - x**3, torch.tensor([[0.1], [-0.1]]), torch.tensor([[-1.0], [1.0]]))
-    assert both.tolist() == [1, 0]
+    assert both.nearest.tolist() == [1, 0]
+
+
+def test_states_that_arrive_late_are_waited_for() -> None:
+    """At half the speed twice as long; and one that leaves an equilibrium in the end does not count."""
+    points = torch.tensor([[1.0, 0.0], [0.2, 0.0]])
+    for rate, time in ((1.0, 100.0), (0.1, 200.0), (0.04, 400.0)):
+        found = attracted_to(lambda x: -rate * x, points, torch.zeros(1, 2))  # noqa: B023
+        assert (found.nearest.tolist(), found.time) == ([0, 0], time)
+    saddle = torch.tensor([-1.0, 0.1])
+    found = attracted_to(lambda x: saddle * x, torch.tensor([[1.0, 1e-6], [1.0, 0.0]]), torch.zeros(1, 2))
+    assert found.nearest.tolist() == [-1, 0]  # both look arrived at first
 
 
 @pytest.mark.parametrize(
     ("change", "match"),
-    [({"radius": 0.0}, "radius=0.0"), ({"n_steps": 0}, "n_steps=0"), ({"equilibria": torch.zeros(1, 3)}, "equilibria")],
+    [
+        ({"radius": 0.0}, "radius=0.0"),
+        ({"step_size": 0.0}, "step_size=0.0"),
+        ({"equilibria": torch.zeros(1, 3)}, "equilibria"),
+    ],
 )
 def test_bad_arguments_of_the_simulation(change: dict[str, object], match: str) -> None:
     options = {"points": torch.zeros(4, 2), "equilibria": torch.zeros(1, 2), **change}
@@ -94,7 +114,7 @@ def test_consistency_loss_shrinks_the_difference_of_the_regions() -> None:
     with torch.no_grad():
         lyapunov.log_scale.fill_(-3.0)
     grid = plane(torch.tensor([-2.5, -2.5]), torch.tensor([2.5, 2.5]), 61)
-    attracted = attracted_to(exact.field, grid, torch.zeros(1, 2)) == 0
+    attracted = attracted_to(exact.field, grid, torch.zeros(1, 2)).nearest == 0
     generator = torch.Generator().manual_seed(0)
     optimizer = torch.optim.Adam(lyapunov.parameters(), 3e-2)
     differences = []
@@ -163,7 +183,7 @@ def test_a_guard_of_the_objective_stops_the_run(tmp_path: Path, monkeypatch: pyt
         config = TrainConfig.recipe("moons", **{**experiments.COLLAPSING, **changes})
         return training.fit(start(tmp_path / name, config), data.load("moons"))
 
-    with pytest.raises(training.Refused, match=r"^step \d+: the logits are the same for all states"):
+    with pytest.raises(training.Refused, match=r"^step \d+: V is the same for all states"):
         fit("guarded")
     assert fit("sound", weight_decay=0.0).accuracy > 0.8
     monkeypatch.setattr(losses, "_check_collapse", lambda *_: None)
@@ -328,10 +348,14 @@ def test_errors_are_one_sentence(tmp_path: Path) -> None:
     done = run.invoke(cli.app, ["zubov", "plot", str(tmp_path)])
     assert (done.exit_code, done.stderr.count("\n")) == (1, 1)
     assert "no run folder" in done.stderr
-    training.fit(start(tmp_path / "digits", TrainConfig.recipe("digits", "zubov", steps=1)), DIGITS)
-    done = run.invoke(cli.app, ["zubov", "plot", str(tmp_path / "digits")])
-    assert (done.exit_code, done.stderr.count("\n")) == (1, 1)
-    assert "has no regions to draw" in done.stderr
+    for name, config, match in (
+        ("resnet", TrainConfig.recipe("digits", "zubov", model="resnet", steps=1), "expected 'zubov'"),
+        ("wide", TrainConfig.recipe("moons", "zubov", steps=1, zubov={"dim": 3}), "have 3 numbers, expected 2"),
+    ):
+        training.fit(start(tmp_path / name, config), data.load(config.dataset))
+        done = run.invoke(cli.app, ["zubov", "plot", str(tmp_path / name)])
+        assert (done.exit_code, done.stderr.count("\n")) == (1, 1)
+        assert match in done.stderr
     done = run.invoke(cli.app, ["reproduce", "zubov", "--only", "nowhere"])
     assert done.exit_code == 2
     assert "nowhere" in done.stderr
@@ -398,16 +422,14 @@ def test_a_setting_that_is_new_renames_no_cell(tmp_path: Path) -> None:
 
 
 def test_what_concerns_lyapunov_functions_names_no_rival(tmp_path: Path) -> None:
-    """Rivals keep their files when a recipe of Zubov-Nets changes, those of before too, which name its settings."""
+    """Rivals keep their files when a recipe of Zubov-Nets changes."""
     for cell in experiments.cells(only=["digits"], seeds=1):
         if cell.change:
             continue
         usual = TrainConfig.recipe("digits", "zubov", model=cell.row, zubov={}).zubov
         assert (cell.config.zubov.containment == 0.0) == (cell.row != "zubov")
         assert usual == cell.config.zubov
-        before = json.loads(json.dumps(cell.settings))
-        before["train"]["zubov"]["containment"] = 10.0
-        content = {"protocol": experiments.PROTOCOL, "settings": before, "refused": None}
+        content = {"protocol": experiments.PROTOCOL, "settings": json.loads(json.dumps(cell.settings)), "refused": None}
         path = experiments.path_of(cell, tmp_path)
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps({"sha256": digest_of_json(content), **content}))
@@ -443,7 +465,7 @@ def test_only_what_a_guard_says_is_a_result(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(planar, "regions", functools.partial(planar.regions, side=9, step_size=0.5))
     cells = experiments.cells(only=["plane/collapse, weight decay 10"])
     found = experiments.compute(cells[0], tmp_path / "a", tmp_path / "work", on_progress=lambda _: None)
-    assert "the logits are the same for all states" in found["refused"]
+    assert "V is the same for all states" in found["refused"]
 
     def vanish(_: str) -> None:
         shutil.rmtree(tmp_path / "other", ignore_errors=True)
@@ -473,6 +495,8 @@ def test_image_cell_end_to_end(tmp_path: Path) -> None:
         assert shares.keys() == {"inside_first", "inside_last", "inside_others", "falls", "stays", "arrives"}
         assert 0.0 <= min(shares.values()) <= max(shares.values()) <= 1.0
     assert 0.0 <= found["meeting"] <= 1.0
+    assert 0.0 <= found["attracting"] <= 1.0
+    assert experiments.path_of(cell, tmp_path).with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert found["certified"]["fall"] == 0
     assert found["certified"]["tenth"] <= found["certified"]["median"] <= found["certified"]["most"]
     assert f" | {found['certified']['median']:.1e} |" in "\n".join(page._regions({"zubov": [found]}))
@@ -497,7 +521,7 @@ def test_what_is_changed_on_digits_trains_and_is_looked_at(change: str, tmp_path
         test_labels=DIGITS.test_labels[:20],
     )
     assert isinstance(net, zubov.ZubovNet)
-    assert 0.0 <= experiments._regions(net, few)["test"]["stays"] <= 1.0
+    assert 0.0 <= experiments._regions(net, few)[0]["test"]["stays"] <= 1.0
     assert experiments._certified(net, few.test_images, few.test_labels, 0)["fall"] == 0
     learned = dict(net.named_parameters())
     assert ("lyapunov.equilibria" in learned) == (change != "fixed equilibria")
@@ -511,7 +535,7 @@ def test_what_is_changed_on_digits_trains_and_is_looked_at(change: str, tmp_path
         ("digits", {"dynamics": "conv", "dim": 18}, "expected 'conv' and, for 'digits', a multiple of 4"),
         ("mnist", {"dynamics": "conv"}, "expected 'conv' and, for 'mnist', a multiple of 49"),
         ("cifar10", {"dynamics": "conv"}, "does not fit zubov.backbone='resnet18'"),
-        ("moons", {"dynamics": "conv"}, "zubov.dynamics='conv' does not fit zubov.backbone='identity'"),
+        ("moons", {"dynamics": "conv"}, "zubov.dynamics='conv' does not fit zubov.backbone='mlp'"),
         ("moons", {"shared_weights": False}, "has no regions of attraction to draw"),
         ("digits", {"dynamics": "sparse"}, "zubov.dynamics='sparse' is unknown"),
         ("digits", {"equilibria": "none"}, "zubov.equilibria='none' is unknown"),
@@ -550,11 +574,30 @@ def test_what_is_said_of_states_is_what_they_do() -> None:
     net.field_at = lambda t, states: field(t, states) - states  # type: ignore[method-assign]
     with torch.no_grad():
         net.lyapunov.equilibria.add_(50.0)[4] = 0.0
-    found = experiments._regions(net, DIGITS)["test"]
+    found = experiments._regions(net, DIGITS)[0]["test"]
     share = float((DIGITS.test_labels == 4).double().mean())
     assert found["stays"] == pytest.approx(share)
     assert found["arrives"] == pytest.approx(share)
     assert found["falls"] == 0.0  # the network's own steps stand still
+
+
+def test_equilibria_that_attract_are_counted() -> None:
+    net = TrainConfig.recipe("digits", model="zubov").initial_model()
+    assert isinstance(net, zubov.ZubovNet)
+    with torch.no_grad():
+        net.dynamics.weight1.zero_()[0, :16] = torch.eye(16)
+        net.dynamics.weight2.zero_()[0, :, :16] = -torch.eye(16)  # f(x) = -tanh(x + b): attracts anywhere
+        assert experiments._attracting(net) == 1.0
+        net.dynamics.weight2[0, 3, 3] = 1.0
+        assert experiments._attracting(net) == 0.0
+
+
+def test_plot_of_an_image_run(tmp_path: Path) -> None:
+    training.fit(start(tmp_path / "run", TrainConfig.recipe("digits", "zubov", steps=2)), DIGITS)
+    done = run.invoke(cli.app, ["zubov", "plot", str(tmp_path / "run")])
+    assert done.exit_code == 0, done.output
+    assert "at time 200; wrote" in done.stdout
+    assert (tmp_path / "run" / "regions.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_an_image_run_that_a_guard_stops_is_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -574,6 +617,30 @@ def test_image_cells_need_autoattack(tmp_path: Path, monkeypatch: pytest.MonkeyP
     done = run.invoke(cli.app, command)
     assert (done.exit_code, done.stderr.count("\n")) == (1, 2)  # how many cells are done, and why not this one
     assert "pip install pyautoattack" in done.stderr
+
+
+def test_every_method_has_what_was_best_on_held_out_images() -> None:
+    """Learning rate and weight, by the file that bench/choose.py wrote: the most robust of what is nearly as clean."""
+    with (ROOT / "bench" / "results" / "choices.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for cell in experiments.cells(seeds=1):
+        if not isinstance(cell, experiments.Images) or "consistency" in cell.change:
+            continue
+        config = cell.config
+        weight = {"zubov": config.zubov.consistency, "resnet": 0.0, "node": 0.0}.get(
+            config.model, config.penalty_weight
+        )
+        seeds: dict[tuple[float, float], list[tuple[float, float]]] = {}
+        for row in rows:
+            if (row["part"], row["method"]) == (cell.part, config.model):
+                found = float(row["clean"]), float(row["pgd_margin"])
+                seeds.setdefault((float(row["lr"]), float(row["weight"])), []).append(found)
+        assert {len(found) for found in seeds.values()} == {3 if cell.part == "digits" else 1}
+        means = {tried: [statistics.fmean(each) for each in zip(*found, strict=True)] for tried, found in seeds.items()}
+        cleanest = max(clean for clean, _ in means.values())
+        near = {tried: kept for tried, (clean, kept) in means.items() if clean >= cleanest - 0.01}
+        assert max(near, key=lambda tried: near[tried]) == (config.lr, weight), (cell.part, config.model)
+        assert len(means) >= 5
 
 
 def test_pictures_show_what_the_tables_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

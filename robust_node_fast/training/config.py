@@ -13,7 +13,7 @@ import torch
 
 from robust_node_fast import _checks, data
 from robust_node_fast.training import augment, networks
-from robust_node_fast.training.recipes import RECIPES
+from robust_node_fast.training.recipes import CHOSEN, RECIPES
 from robust_node_fast.zubov import contenders
 
 __all__ = ["NETWORKS", "TrainConfig", "ZubovConfig"]
@@ -79,7 +79,11 @@ class ZubovConfig:
     equilibria: Literal["learned", "fixed"] = _field("learned", _ZUBOV, "Learned, or fixed where they start.")
     width: int = _field(32, _ZUBOV, "Units in each layer of the Lyapunov functions.")
     depth: int = _field(2, _ZUBOV, "Layers of the Lyapunov functions.")
-    attention: Literal["full", "partial"] = _field("full", _ZUBOV, "Partial: with a context network, which sees x*.")
+    attention: Literal["full", "partial", "none"] = _field(
+        "full",
+        _ZUBOV,
+        "Partial: with a context network, which sees x*; none: an ordinary input-convex network, rows not normalised.",
+    )
     eps: float = _field(0.05, _ZUBOV, "Coefficient of the term eps |x - x*|^2 in every Lyapunov function.")
     consistency: float = _field(1.0, _ZUBOV, "Weight of the loss: Zubov's equation; 0: none.")
     classification: float = _field(1.0, _ZUBOV, "Weight of the loss: cross-entropy; 0: none.")
@@ -89,6 +93,7 @@ class ZubovConfig:
     exclusion: float = _field(
         0.0, _ZUBOV, "Weight of the loss: first states outside the other classes' regions; 0: none."
     )
+    arrival: float = _field(0.0, _ZUBOV, "Weight of the loss: the equation close to x*, relative to V; 0: none.")
     temperature: float = _field(1.0, _ZUBOV, "Temperature of the logits -V / temperature.")
     margin: float = _field(0.1, _ZUBOV, "How far above 1 another V is to be on a region's boundary.")
     n_rays: int = _field(16, _ZUBOV, "Rays of each class, for points on and inside its boundary.")
@@ -97,14 +102,14 @@ class ZubovConfig:
 
     def __post_init__(self) -> None:
         _checks.choice("zubov.backbone", self.backbone, networks.BACKBONES)
-        _checks.choice("zubov.attention", self.attention, ("full", "partial"))
+        _checks.choice("zubov.attention", self.attention, ("full", "partial", "none"))
         _checks.choice("zubov.dynamics", self.dynamics, ("dense", "conv"))
         _checks.choice("zubov.equilibria", self.equilibria, ("learned", "fixed"))
         if not isinstance(self.shared_weights, bool):
             raise TypeError(f"zubov.shared_weights={self.shared_weights!r} is no bool, expected one")
         for name in ("dim", "field_width", "width", "depth", "n_rays"):
             _checks.count(f"zubov.{name}", getattr(self, name))
-        weights = ("consistency", "classification", "separation", "spacing", "containment", "exclusion")
+        weights = ("consistency", "classification", "separation", "spacing", "containment", "exclusion", "arrival")
         for name in (*weights, "margin", "reach"):
             _at_least_zero(f"zubov.{name}", getattr(self, name))
         for name in ("eps", "temperature", *(() if self.floor is None else ("floor",))):
@@ -339,9 +344,11 @@ class TrainConfig:
         known = RECIPES[recipe]
         if dataset not in known:
             raise ValueError(f"recipe={recipe!r} is there for {', '.join(known)}, not for dataset={dataset!r}")
-        settings = {**known[dataset], **changes}
+        model = changes.get("model", known[dataset].get("model", ""))
+        chosen = CHOSEN.get((dataset, model), {}) if recipe == "zubov" else {}
+        settings = {**known[dataset], **chosen, **changes}
         if not isinstance(settings.get("zubov"), ZubovConfig):
-            own = known[dataset].get("zubov", {})
+            own = {**known[dataset].get("zubov", {}), **chosen.get("zubov", {})}
             if settings.get("model") != "zubov":  # the networks beside it have no Lyapunov functions
                 own = {name: own[name] for name in BESIDE_ZUBOV if name in own}
             settings["zubov"] = {**own, **changes.get("zubov", {})}

@@ -88,6 +88,7 @@ def _lyapunov(config: TrainConfig) -> ConvexLyapunov:
         width=zubov.width,
         depth=zubov.depth,
         partial=zubov.attention == "partial",
+        normalized=zubov.attention != "none",
         eps=zubov.eps,
         equilibria=torch.zeros(classes, zubov.dim) if zubov.equilibria == "fixed" else None,
     )

@@ -63,7 +63,7 @@ class Objective(nn.Module):
             labels: ``(B,)``.
 
         Raises:
-            ValueError: a guard refuses to go on; the message says why.
+            Degenerate: a guard refuses to go on; the message says why.
         """
         raise NotImplementedError
 
@@ -127,7 +127,7 @@ class ContractionObjective(Objective):
 class ZubovObjective(Objective):
     """The losses of a Zubov-Net, each with its weight; points on rays come from PyTorch's random numbers."""
 
-    metrics = ("loss", "consistency", "classification", "separation", "spacing", "containment", "exclusion")
+    metrics = ("loss", "consistency", "classification", "separation", "spacing", "containment", "exclusion", "arrival")
     model: ZubovNet
 
     def __init__(self, model: nn.Module, config: TrainConfig) -> None:

@@ -36,6 +36,7 @@ from robust_node_fast.training.locks import alone
 from robust_node_fast.training.metrics import Metrics
 from robust_node_fast.training.objective import objective_of
 from robust_node_fast.training.signals import StopSignals
+from robust_node_fast.zubov.errors import Degenerate
 
 __all__ = ["RATE_TOLERANCE", "Outcome", "check_device", "fit", "rate_sentence"]
 
@@ -245,7 +246,7 @@ class _Trainer:
             with distributed.gradients_averaged(self.parallel, number == len(parts)):
                 try:
                     objective, found = self.parallel(self._inputs(index, draws), self.train_labels[index])
-                except ValueError as error:  # a guard of the objective
+                except Degenerate as error:  # a guard of the objective
                     raise Refused(f"step {self.step + 1}: {error}") from error
                 torch.autograd.backward(world_size * weight * objective)  # world_size: then averaged over processes
             values += weight * found

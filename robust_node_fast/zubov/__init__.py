@@ -12,12 +12,14 @@ from robust_node_fast.zubov import reference
 from robust_node_fast.zubov.boundary import regions_that_meet, sample_boundary
 from robust_node_fast.zubov.certificate import margin_certified, margin_radius
 from robust_node_fast.zubov.derivative import value_and_derivative
+from robust_node_fast.zubov.errors import Degenerate
 from robust_node_fast.zubov.losses import zubov_losses, zubov_residual
 from robust_node_fast.zubov.lyapunov import ConvexLyapunov
 from robust_node_fast.zubov.network import DenseFlow, ZubovNet
 
 __all__ = [
     "ConvexLyapunov",
+    "Degenerate",
     "DenseFlow",
     "ZubovNet",
     "margin_certified",

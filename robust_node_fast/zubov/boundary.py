@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from robust_node_fast import _checks
+from robust_node_fast.zubov.errors import Degenerate
 from robust_node_fast.zubov.lyapunov import Coefficients, ConvexLyapunov
 
 __all__ = ["regions_that_meet", "sample_boundary"]
@@ -36,13 +37,13 @@ def sample_boundary(
     Returns:
         ``(K, R, dim)`` with ``|V - level| <= 1e-6 level`` in float32, ``1e-12 level`` in float64, or as near as
         rounding of V and of the points allows; V has the coefficients that ``lyapunov`` computes in its own precision.
-        Differentiable once (twice is an error), by the implicit function theorem
-        ``dx = dx* - u dV / (grad V . u)``, dV at a fixed offset, in all parameters, learned equilibria among them.
+        Differentiable once (twice is an error), by torch.func.grad too, not under vmap: by the implicit function
+        theorem ``dx = dx* - u dV / (grad V . u)``, dV at a fixed offset, in all parameters, learned equilibria too.
 
     Raises:
-        TypeError, ValueError: naming the argument, its value and what was expected; V or an equilibrium is not finite;
-            V stays below the level up to a radius of ``2^20`` along some ray (V as flat as that has collapsed); V is
-            not within 0.1% of the level anywhere for rounding.
+        TypeError, ValueError: naming the argument, its value and what was expected.
+        Degenerate: a ValueError; V or an equilibrium is not finite; V stays below the level up to a radius of ``2^20``
+            along some ray (V as flat as that has collapsed); V is not within 0.1% of the level anywhere for rounding.
 
     Source: the name and the purpose are arXiv 2509.21879's (parallel boundary sampling); the method is ours.
     """
@@ -51,7 +52,7 @@ def sample_boundary(
     _checks.count("n_rays", n_rays)
     _checks.number("level", level)
     if not bool(lyapunov.equilibria.isfinite().all()):
-        raise ValueError("the equilibria are not finite, expected finite states")
+        raise Degenerate("the equilibria are not finite, expected finite states")
     if level <= 0:
         raise ValueError(f"level={level!r} is not positive, expected a float > 0")
     with torch.autocast(lyapunov.equilibria.device.type, enabled=False):
@@ -95,9 +96,13 @@ class _Radius(torch.autograd.Function):
     """The radius itself; its derivative is ``-dV / slope``, dV at the point found. It knows nothing of second ones."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, radius: Tensor, slope: Tensor) -> Tensor:
-        ctx.save_for_backward(value, slope)
+    def forward(value: Tensor, radius: Tensor, slope: Tensor) -> Tensor:
         return radius.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        value, _, slope = inputs
+        ctx.save_for_backward(value, slope)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
@@ -112,8 +117,12 @@ class _Once(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, gradient: Tensor, value: Tensor) -> Tensor:
+    def forward(gradient: Tensor, value: Tensor) -> Tensor:
         return gradient.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        """Nothing is kept."""
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
@@ -187,16 +196,16 @@ def _radii(
 def _report(value: Tensor, radius: Tensor, level: float, kind: torch.dtype) -> None:
     lost = ~(value.isfinite() & radius.isfinite())
     if bool(lost.any()):
-        raise ValueError(f"V is not finite along {_rays(lost)}, expected finite Lyapunov functions")
+        raise Degenerate(f"V is not finite along {_rays(lost)}, expected finite Lyapunov functions")
     flat = (value < (1.0 - _WRONG) * level) & (radius > 0.5 * _LARGEST)
     if bool(flat.any()):
-        raise ValueError(
+        raise Degenerate(
             f"V stays below level={level!r} up to a radius of {_LARGEST:g} along {_rays(flat)}, expected functions "
             f"that reach it: they are nearly constant, or eps is too small"
         )
     lost = (value - level).abs() > _WRONG * level
     if bool(lost.any()):
-        raise ValueError(
+        raise Degenerate(
             f"V cannot be told from its rounding where it should be level={level!r} along {_rays(lost)}, expected "
             f"functions whose parts do not cancel: their scale is too large for {kind}"
         )

@@ -179,11 +179,14 @@ def _state_radius(lyapunov: ConvexLyapunov, state: Tensor, y: Tensor, p: str) ->
 
 def _summands(lyapunov: ConvexLyapunov, coefficients: Coefficients, state: Tensor) -> Tensor:
     """At least what ``V_k`` adds up, in magnitude: ``(B, K)``."""
-    weight, _, readout, _, gradient = coefficients
+    weight, attention, readout, _, gradient = coefficients
     size = state.abs() + lyapunov.equilibria[:, None].abs()  # (K, B, dim): of what offsets come from
-    drive = torch.unflatten(weight.abs() @ size.mT, 1, (lyapunov.depth, lyapunov.width)).amax(2).sum(1)
+    drive = torch.unflatten(weight.abs() @ size.mT, 1, (lyapunov.depth, lyapunov.width)).amax(2)
+    largest = drive[:, 0]
+    for mixing, further in zip(attention, drive.unbind(1)[1:], strict=True):
+        largest = mixing.sum(-1).amax(-1, keepdim=True) * largest + further
     linear = (size @ gradient.abs()).squeeze(-1)
-    return (1.0 + drive * readout.sum((1, 2))[:, None] + linear + lyapunov.eps * size.square().sum(-1)).T
+    return (1.0 + largest * readout.sum((1, 2))[:, None] + linear + lyapunov.eps * size.square().sum(-1)).T
 
 
 def _same_logits(net: ZubovNet, x: Tensor) -> None:

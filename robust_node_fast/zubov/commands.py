@@ -10,9 +10,10 @@ import typer
 from rich.console import Console
 
 from robust_node_fast import data, training
-from robust_node_fast.training import RunError, writing
+from robust_node_fast.training import RunError, TrainConfig, writing
 from robust_node_fast.training.checkpoint import replace_file
 from robust_node_fast.zubov import experiments, page, picture, planar
+from robust_node_fast.zubov.following import followed
 from robust_node_fast.zubov.network import ZubovNet
 
 __all__ = ["plot", "reproduce"]
@@ -21,28 +22,46 @@ Side = Annotated[int, typer.Option(min=2, help="Points along each side of the gr
 
 
 def plot(
-    run: Annotated[Path, typer.Argument(help="Run folder of `rnf train --model zubov --dataset moons`, ...")],
+    run: Annotated[Path, typer.Argument(help="Run folder of `rnf train --model zubov`.")],
     side: Side = 101,
     output: Annotated[Path | None, typer.Option(help="PNG to write.", show_default="RUN/regions.png")] = None,
+    data_root: Annotated[
+        Path | None, typer.Option(help="torchvision's folder.", show_default="$RNF_DATA_ROOT, else ~/.cache/...")
+    ] = None,
 ) -> None:
-    """Draw prescribed and simulated regions of attraction in the plane side by side, before and after training."""
+    """In the plane: prescribed and simulated regions of attraction side by side, before and after training.
+
+    Of images, whose states have more dimensions: V of the own class and the smallest other one along trajectories of
+    the first 512 test images, up to time 200.
+    """
     net, config = training.load_model(run)
-    if config.dataset not in data.PLANE or not isinstance(net, ZubovNet) or config.zubov.dim != 2:
-        raise RunError(
-            f"{run} has no regions to draw: expected model='zubov' with states in the plane and a data set of "
-            f"{', '.join(data.PLANE)}"
-        )
+    if not isinstance(net, ZubovNet):
+        raise RunError(f"{run} has model={config.model!r}, expected 'zubov': others have no regions to draw")
+    target = output or run / "regions.png"
+    title = f"{config.dataset}, step {training.last_step(run)['step']}"
+    if config.dataset in data.PLANE:
+        said = _plot_regions(net, config, side, title, target)
+    else:
+        dataset = data.load(config.dataset, data_root)
+        found = followed(net, data.to_float(dataset.test_images[:512]), dataset.test_labels[:512])
+        with writing(target.parent):
+            picture.over_time(title, found, target)
+        first, last = (float((value < 1.0).double().mean()) for value in (found.own[0], found.own[-1]))
+        said = f"States in their own region: {first:.1%} at first, {last:.1%} at time {found.times[-1]:g}"
+    print(f"{said}; wrote {target}")
+
+
+def _plot_regions(net: ZubovNet, config: TrainConfig, side: int, title: str, target: Path) -> str:
+    if config.zubov.dim != 2:
+        raise RunError(f"the states of this run have {config.zubov.dim} numbers, expected 2 to draw regions")
     untrained = config.initial_model()
     assert isinstance(untrained, ZubovNet)
     dataset = data.load(config.dataset)
     points, labels = dataset.train_images, dataset.train_labels
     before, after = (planar.regions(each, points, side=side) for each in (untrained, net))
-    target = output or run / "regions.png"
     with writing(target.parent):
-        title = f"{config.dataset}, step {training.last_step(run)['step']}"
         picture.side_by_side(title, {"before training": before, "after training": after}, labels, target)
-    overlaps = ", ".join(f"{value:.3f}" for value in after.overlaps)
-    print(f"IoU of prescribed and simulated regions: {overlaps}; wrote {target}")
+    return f"IoU of prescribed and simulated regions: {', '.join(f'{value:.3f}' for value in after.overlaps)}"
 
 
 def reproduce(
@@ -53,7 +72,7 @@ def reproduce(
             show_default="all",
         ),
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Number of training seeds on images.")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of training seeds.")] = 3,
     steps: Annotated[int | None, typer.Option(min=1, help="Of training.", show_default="each part's own")] = None,
     max_cells: Annotated[
         int | None, typer.Option(min=0, help="Compute so many cells and stop.", show_default="all that are missing")

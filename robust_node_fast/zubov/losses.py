@@ -1,4 +1,4 @@
-"""The losses of Zubov-Net: consistency with Zubov's equation, classification, separation, and three of ours."""
+"""The losses of Zubov-Net: consistency with Zubov's equation, classification, separation, and four of ours."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from torch import Tensor
 
 from robust_node_fast import _checks
 from robust_node_fast.zubov.boundary import boundary_offsets, facing_offsets
+from robust_node_fast.zubov.errors import Degenerate
 from robust_node_fast.zubov.lyapunov import Coefficients, ConvexLyapunov
 
 __all__ = ["zubov_losses", "zubov_residual"]
 
 VectorField = Callable[[Tensor], Tensor]
 CONTAINED = 0.5  # of V: what first states are asked to stay below, well within the region
-_ALIKE = 1e-4  # of logits: differences that tell nothing apart
+NEAR = (0.01, 0.1)  # shares of the way to the boundary, between which arrival looks
+_ALIKE, _FEW = 1e-4, 8  # differences of V, relative to its size, that tell nothing apart; states that may be alike
 
 
 def zubov_residual(value: Tensor, derivative: Tensor, *, rate: float) -> Tensor:
@@ -50,6 +52,7 @@ def zubov_losses(
     spacing: float = 0.0,
     containment: float = 0.0,
     exclusion: float = 0.0,
+    arrival: float = 0.0,
     rate: float = 4.0,
     temperature: float = 1.0,
     margin: float = 0.1,
@@ -78,35 +81,40 @@ def zubov_losses(
     - ``exclusion``: mean over the batch of ``sum_{j != y} relu(1 + margin - V_j(x(0)))``: first states are to lie
       outside the other classes' regions, which spacing does not see where regions meet beside the segments between
       their equilibria.
+    - ``arrival``: mean of ``((dV/dt + rate V (1 - V)) / V)^2`` of each class's V on random rays, close to ``x*``: at a
+      uniform share of 1 to 10% of the way to the boundary, with ``f(x) - f(x*)`` in the place of ``f(x)``. Residuals
+      are as small as V there, so that in many dimensions consistency leaves some directions in which ``x*`` repels:
+      regions that hold for a while, and that all states leave in the end.
 
     Args:
-        lyapunov: K functions; one will do for consistency and containment.
+        lyapunov: K functions; one will do for consistency, containment and arrival.
         vector_field: ``(N, M, dim) -> (N, M, dim)``: row n by the right-hand side of time step n. Points on rays are
             divided evenly among the steps.
         trajectory: ``(N + 1, B, dim)``, x(0) first.
         labels: ``(B,)`` int64. Classes may be missing from the batch: their regions take part all the same.
-        consistency, classification, separation, spacing, containment, exclusion: weights >= 0; what has weight 0 is
-            not computed, and is 0.
+        consistency, classification, separation, spacing, containment, exclusion, arrival: weights >= 0; what has
+            weight 0 is not computed, and is 0.
         rate: c of ``psi = c V``, per unit of time.
         temperature, margin: as above; > 0 and >= 0.
         n_rays: rays of each class, rounded up to a multiple of N.
         reach: the shares go up to ``1 + reach``, >= 0. A trajectory from outside may cross a boundary on whose inner
             side alone the equation holds: then more is attracted than is prescribed.
-        floor: divide residuals by ``V + floor``, > 0, gradients and all. Near ``x*`` all terms of the equation are as
-            small as V, and their squares say next to nothing about how fast, and whether, states arrive. None: the
+        floor: divide consistency's residuals by ``V + floor``, > 0, gradients and all. Near ``x*`` all terms of the
+            equation are as small as V, and their squares say next to nothing about how fast states arrive. None: the
             equation as it is.
         generator: of rays and shares.
 
     Returns:
-        Six scalars. Differentiable once (twice is an error): exact gradients of these numbers, boundary points move
+        Seven scalars. Differentiable once (twice is an error): exact gradients of these numbers, boundary points move
         with the parameters.
 
     Raises:
-        TypeError, ValueError: naming the argument, its value and what was expected; states or right-hand sides are not
-            finite; the logits of a batch of several classes are the same for all states, or for all classes
-            (collapsed; with classification); V is not finite, or does not reach 1.
+        TypeError, ValueError: naming the argument, its value and what was expected.
+        Degenerate: a ValueError; states or right-hand sides are not finite; V of 8 states or more of several classes
+            is the same for all states, or for all classes (collapsed; with classification); V is not finite, or does
+            not reach 1.
 
-    Source: arXiv 2509.21879 for the first three; their equations are our reading, and the other three are ours.
+    Source: arXiv 2509.21879 for the first three; their equations are our reading, and the other four are ours.
     """
     weights = {
         "consistency": consistency,
@@ -115,6 +123,7 @@ def zubov_losses(
         "spacing": spacing,
         "containment": containment,
         "exclusion": exclusion,
+        "arrival": arrival,
     }
     for name, weight in weights.items():
         _checks.number(name, weight)
@@ -134,6 +143,8 @@ def zubov_losses(
         if floor <= 0:
             raise ValueError(f"floor={floor!r} is not positive, expected a float > 0 or None")
     _checks.count("n_rays", n_rays)
+    if not callable(vector_field):
+        raise TypeError(f"vector_field is a {type(vector_field).__name__}, expected a function of states")
     trajectory = _check_batch(lyapunov, trajectory, labels)
     if lyapunov.num_classes < 2 and (classification or separation or spacing or exclusion):
         raise ValueError(
@@ -142,7 +153,7 @@ def zubov_losses(
     with torch.autocast(trajectory.device.type, enabled=False):
         coefficients = lyapunov.coefficients()
         losses = dict.fromkeys(weights, trajectory.new_zeros(()))
-        if consistency or separation:
+        if consistency or separation or arrival:
             steps = trajectory.shape[0] - 1
             n_rays = -(-n_rays // steps) * steps
             boundary = boundary_offsets(lyapunov, coefficients, n_rays, 1.0, generator)
@@ -152,9 +163,9 @@ def zubov_losses(
             )
             losses["consistency"] = consistency * found
         if classification:
-            logits = -_finite(lyapunov.values(coefficients, lyapunov.offsets(trajectory[-1]))).T / temperature
-            _check_collapse(logits.detach(), labels)
-            entropy = F.cross_entropy(logits, labels, reduction="sum") / max(1, len(labels))
+            last = _finite(lyapunov.values(coefficients, lyapunov.offsets(trajectory[-1]))).T
+            _check_collapse(last.detach(), labels)
+            entropy = F.cross_entropy(-last / temperature, labels, reduction="sum") / max(1, len(labels))
             losses["classification"] = classification * entropy
         if separation:
             losses["separation"] = separation * _separation(lyapunov, coefficients, boundary, margin)
@@ -168,6 +179,10 @@ def zubov_losses(
             if exclusion:
                 outside = (1.0 + margin - first).relu().scatter(0, own, 0.0).sum() / max(1, len(labels))
                 losses["exclusion"] = exclusion * outside
+        if arrival:
+            losses["arrival"] = arrival * _arrival(
+                lyapunov, coefficients, vector_field, boundary, steps, rate, generator
+            )
     return losses
 
 
@@ -189,13 +204,10 @@ def _consistency(
     rays = torch.cat([(1.0 + reach) * share * boundary, boundary], 1)
 
     # One call of the vector field for everything: row n of `points` holds what belongs to time step n.
-    on_rays = torch.unflatten(lyapunov.equilibria[:, None] + rays, 1, (2 * n_rays // steps, steps))
-    on_rays = on_rays.permute(2, 0, 1, 3).flatten(1, 2)
+    on_rays = _by_step(lyapunov.equilibria[:, None] + rays, steps)
     points = torch.cat([states, on_rays, lyapunov.equilibria.expand(steps, -1, -1)], 1)
-    field = vector_field(points)
-    _check_field(field, points)
-    along, across, residue = torch.split(field, [batch, k * (2 * n_rays // steps), k], 1)
-    across = torch.unflatten(across, 1, (k, -1)).permute(1, 2, 0, 3).flatten(1, 2)
+    along, across, residue = torch.split(_field(vector_field, points), [batch, on_rays.shape[1], k], 1)
+    across = _by_ray(across, k)
 
     # Only the own class's V is asked for: samples are sorted into rows by class, the rest of a row stays empty.
     row = _place_in_class(labels, k)
@@ -239,6 +251,36 @@ def _spacing(
     return (1.0 + margin - value).relu().mean()
 
 
+def _arrival(
+    lyapunov: ConvexLyapunov,
+    coefficients: Coefficients,
+    vector_field: VectorField,
+    boundary: Tensor,
+    steps: int,
+    rate: float,
+    generator: torch.Generator | None,
+) -> Tensor:
+    k, n_rays = boundary.shape[:2]
+    share = torch.rand((k, n_rays, 1), dtype=boundary.dtype, device=boundary.device, generator=generator)
+    offset = (NEAR[0] + (NEAR[1] - NEAR[0]) * share) * boundary
+    near = _by_step(lyapunov.equilibria[:, None] + offset, steps)
+    points = torch.cat([near, lyapunov.equilibria.expand(steps, -1, -1)], 1)
+    field, residue = torch.split(_field(vector_field, points), [near.shape[1], k], 1)
+    relative = field - residue.repeat_interleave(near.shape[1] // k, 1)
+    value, derivative = lyapunov.values_and_derivatives(coefficients, offset, _by_ray(relative, k))
+    return (zubov_residual(_finite(value), derivative, rate=rate) / value).square().mean()
+
+
+def _by_step(points: Tensor, steps: int) -> Tensor:
+    """Points on rays, dealt out to the time steps one after the other: ``(K, R, dim) -> (N, K R / N, dim)``."""
+    return torch.unflatten(points, 1, (points.shape[1] // steps, steps)).permute(2, 0, 1, 3).flatten(1, 2)
+
+
+def _by_ray(field: Tensor, k: int) -> Tensor:
+    """Inverse of ``_by_step``."""
+    return torch.unflatten(field, 1, (k, -1)).permute(1, 2, 0, 3).flatten(1, 2)
+
+
 def _place_in_class(labels: Tensor, k: int) -> Tensor:
     """How many samples before it have the same label, for each sample."""
     seen = F.one_hot(labels, k).cumsum(0)
@@ -262,11 +304,12 @@ def _check_batch(lyapunov: object, trajectory: object, labels: object) -> Tensor
             f"labels lies in [{int(labels.min())}, {int(labels.max())}], expected 0 to {lyapunov.num_classes - 1}"
         )
     if not bool(states.isfinite().all()):
-        raise ValueError("trajectory is not finite, expected finite states")
+        raise Degenerate("trajectory is not finite, expected finite states")
     return states
 
 
-def _check_field(field: object, points: Tensor) -> None:
+def _field(vector_field: VectorField, points: Tensor) -> Tensor:
+    field = vector_field(points)
     if not isinstance(field, Tensor):
         raise TypeError(f"vector_field returned a {type(field).__name__}, expected a torch.Tensor")
     if field.shape != points.shape or field.dtype != points.dtype:
@@ -275,21 +318,23 @@ def _check_field(field: object, points: Tensor) -> None:
             f"{tuple(points.shape)} and {points.dtype}, expected the same"
         )
     if not bool(field.isfinite().all()):
-        raise ValueError("vector_field returned numbers that are not finite, expected a finite right-hand side")
+        raise Degenerate("vector_field returned numbers that are not finite, expected a finite right-hand side")
+    return field
 
 
 def _finite(value: Tensor) -> Tensor:
     if not bool(value.isfinite().all()):
-        raise ValueError("V is not finite at a state of the batch or a point on a ray, expected finite numbers")
+        raise Degenerate("V is not finite at a state of the batch or a point on a ray, expected finite numbers")
     return value
 
 
-def _check_collapse(logits: Tensor, labels: Tensor) -> None:
-    if len(labels) < 2 or bool((labels == labels[0]).all()):
+def _check_collapse(value: Tensor, labels: Tensor) -> None:
+    """``(B, K)``. A few states may be those of one image."""
+    if len(labels) < _FEW or bool((labels == labels[0]).all()):
         return
-    relative = logits - logits.mean(1, keepdim=True)
-    if bool(((relative - relative.mean(0)).abs() <= _ALIKE).all()):
-        raise ValueError(
-            "the logits are the same for all states of the batch, whose labels differ, or for all classes: backbone, "
-            "flow or Lyapunov functions have collapsed"
+    relative = value - value.mean(1, keepdim=True)
+    if bool(((relative - relative.mean(0)).abs() <= _ALIKE * value.abs().amax()).all()):
+        raise Degenerate(
+            "V is the same for all states of the batch, whose labels differ, or for all classes: backbone, flow or "
+            "Lyapunov functions have collapsed"
         )

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robust_node_fast import _checks
@@ -19,7 +20,7 @@ class Coefficients(NamedTuple):
     """All that the functions need and that no state enters; W units, L layers."""
 
     weight: Tensor  # (K, L W, dim), of the offset from the equilibrium
-    attention: tuple[Tensor, ...]  # L - 1 times (K, W, W), rows sum to one
+    attention: tuple[Tensor, ...]  # L - 1 times (K, W, W), not negative; rows sum to one if normalized
     readout: Tensor  # (K, 1, W), not negative
     anchor: tuple[Tensor, ...]  # L times (K, W, 1), pre-activations at the equilibrium
     gradient: Tensor  # (K, dim, 1), of the network at the equilibrium
@@ -54,6 +55,8 @@ class ConvexLyapunov(nn.Module):
         width: units W of a layer.
         depth: layers L.
         partial: add the context network: convex in the state, not in the equilibrium.
+        normalized: False for an ordinary input-convex network, to compare with: ``softplus(scores) / W`` in the place
+            of ``softmax(scores)``, not negative either, but with any sum.
         eps: of ``eps |x - x*|^2``, > 0: what keeps V from collapsing to a constant.
         equilibria: ``(K, dim)`` to keep fixed; by default they are learned, from a normal distribution on.
         device, dtype: of the parameters, float32 or float64.
@@ -81,6 +84,7 @@ class ConvexLyapunov(nn.Module):
         width: int = 64,
         depth: int = 3,
         partial: bool = False,
+        normalized: bool = True,
         eps: float = 0.01,
         equilibria: Tensor | None = None,
         device: torch.device | str | None = None,
@@ -95,7 +99,7 @@ class ConvexLyapunov(nn.Module):
         if eps <= 0:
             raise ValueError(f"eps={eps!r} is not positive, expected a float > 0: without it V can be constant")
         self.dim, self.num_classes, self.width, self.depth = dim, num_classes, width, depth
-        self.partial, self.eps = partial, eps
+        self.partial, self.normalized, self.eps = partial, normalized, eps
         heads = math.ceil(width / 4)
 
         def parameter(*shape: int) -> nn.Parameter:
@@ -171,8 +175,8 @@ class ConvexLyapunov(nn.Module):
         # gradients of scores would be put together in a larger copy than those of queries and keys.
         *lower, last = (keys * keys.shape[-1] ** -0.5).unbind(1)
         queries = () if self.query is None else self.query.unbind(1)
-        attention = tuple(torch.softmax(q @ k.mT, -1) for q, k in zip(queries, lower, strict=True))
-        readout = torch.softmax(self.readout_query @ last.mT, -1) * self.log_scale.exp()[:, None, None]
+        attention = tuple(self._mixing(q @ k.mT) for q, k in zip(queries, lower, strict=True))
+        readout = self._mixing(self.readout_query @ last.mT) * self.log_scale.exp()[:, None, None]
         anchor = anchor.unsqueeze(-1)
         slopes = torch.sigmoid(anchor).unbind(1)
         through = [slopes[-1] * readout.mT]  # d g / d pre-activations at x*, the last layer's first
@@ -180,6 +184,9 @@ class ConvexLyapunov(nn.Module):
             through.append(layer_slope * (layer_attention.mT @ through[-1]))
         gradient = self.input_weight.mT @ torch.cat(through[::-1], 1)
         return Coefficients(self.input_weight, attention, readout, anchor.unbind(1), gradient)
+
+    def _mixing(self, scores: Tensor) -> Tensor:
+        return torch.softmax(scores, -1) if self.normalized else F.softplus(scores) / self.width
 
     def values(self, coefficients: Coefficients, offset: Tensor) -> Tensor:
         """V at ``x* + offset``: ``(K, N, dim) -> (K, N)``.
@@ -229,7 +236,8 @@ class ConvexLyapunov(nn.Module):
             )
         if value.device != self.anchor.device:
             raise ValueError(f"{name} is on {value.device}, expected {self.anchor.device} as the Lyapunov functions")
-        if value.dtype != self.anchor.dtype and not torch.is_autocast_enabled(value.device.type):
+        cast = value.dtype in (torch.float16, torch.bfloat16) and torch.is_autocast_enabled(value.device.type)
+        if value.dtype != self.anchor.dtype and not cast:
             raise TypeError(f"{name} has dtype {value.dtype}, expected {self.anchor.dtype} as the Lyapunov functions")
         return value.to(self.anchor.dtype)
 
@@ -237,5 +245,5 @@ class ConvexLyapunov(nn.Module):
         learned = "learned" if isinstance(self.equilibria, nn.Parameter) else "fixed"
         return (
             f"{self.dim}, num_classes={self.num_classes}, width={self.width}, depth={self.depth}, "
-            f"partial={self.partial}, eps={self.eps}, equilibria {learned}"
+            f"partial={self.partial}, normalized={self.normalized}, eps={self.eps}, equilibria {learned}"
         )

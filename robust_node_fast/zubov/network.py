@@ -71,6 +71,9 @@ class DenseFlow(nn.Module):
                 nn.init.uniform_(parameter, -(fan_in**-0.5), fan_in**-0.5)
 
     def forward(self, input: Tensor, return_trajectory: bool = False) -> Tensor:
+        _checks.tensor("input", input)
+        if input.dim() != 2 or input.shape[1] != self.dim:
+            raise ValueError(f"input has shape {tuple(input.shape)}, expected (B, {self.dim})")
         states = [input]
         for n in range(self.n_steps):
             states.append(states[-1] + self.step_size * self._step(0 if self.shared_weights else n, states[-1]))

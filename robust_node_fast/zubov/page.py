@@ -86,9 +86,12 @@ def markdown(cells: Sequence[Cell], folder: Path) -> str:
     plane = [cell for cell in cells if isinstance(cell, Plane)]
     if plane:
         parts.append(["### In the plane", "", *_plane(plane, folder)])
+    methods = [cell for cell in cells if isinstance(cell, Images) and not cell.change]
+    if methods:
+        parts.append(["### Learning rates and weights", "", *_settings(methods)])
     for part in experiments.PARTS[1:]:
         images = [cell for cell in cells if isinstance(cell, Images) and cell.part == part]
-        chosen = [cell for cell in images if not cell.change]
+        chosen = [cell for cell in methods if cell.part == part]
         if chosen:
             parts.append([f"### {part}", "", *_images(chosen, folder)])
         if len(images) > len(chosen):
@@ -119,15 +122,18 @@ def _plane(cells: Sequence[Plane], folder: Path) -> Iterator[str]:
         "shared",
         "accuracy",
         "in own region",
+        "simulated to",
+        "still moving",
     )
     yield f"| {' | '.join(headings)} | s |"
     yield "|---" * (len(headings) + 1) + "|"
-    for cell in cells:
+    rows = list(dict.fromkeys(cell.row for cell in cells))
+    for cell in sorted(cells, key=lambda cell: rows.index(cell.row)):  # the seeds of a run one below the other
         found = experiments.read(cell, folder)
         if found is None:
-            values = [MISSING] * 7
+            values = [MISSING] * 9
         elif found["refused"]:
-            values = [_iou(found["before"]["iou"]), f"stopped: {found['refused']}", "", "", "", "", _seconds(found)]
+            values = [_iou(found["before"]["iou"]), f"stopped: {found['refused']}", *[""] * 6, _seconds(found)]
         else:
             after = found["after"]
             values = [
@@ -137,9 +143,26 @@ def _plane(cells: Sequence[Plane], folder: Path) -> Iterator[str]:
                 f"{after['shared']:.1%}",
                 f"{after['accuracy']:.1%}",
                 f"{after['in_own_region']:.1%}",
+                f"{after['time']:g}",
+                f"{after['moving']:.1%}",
                 _seconds(found),
             ]
         yield f"| {cell.row} | {cell.config.seed} | {cell.config.steps} | {' | '.join(values)} |"
+
+
+def _settings(cells: Sequence[Images]) -> Iterator[str]:
+    """What was chosen on images that were held out."""
+    parts = list(dict.fromkeys(cell.part for cell in cells))
+    yield f"| method, weight of | {' | '.join(parts)} |"
+    yield "|---" * (len(parts) + 1) + "|"
+    names = {"contractive-node": "penalty", "lyanet": "penalty", "zubov": "consistency"}
+    for method in dict.fromkeys(cell.row for cell in cells):
+        found: dict[str, str] = {}
+        for config in (cell.config for cell in cells if cell.row == method):
+            weight = config.zubov.consistency if method == "zubov" else config.penalty_weight
+            found[config.dataset] = f"{config.lr:g}" + (f", {weight:g}" if method in names else "")
+        heading = f"{method}, {names[method]}" if method in names else method
+        yield f"| {heading} | {' | '.join(found.get(part, '') for part in parts)} |"
 
 
 def _images(cells: Sequence[Images], folder: Path) -> Iterator[str]:
@@ -180,19 +203,21 @@ def _regions(rows: Mapping[str, Results]) -> Iterator[str]:
         "inside_others": "x(0) in another's region",
         "inside_last": "x(T) in own region",
         "falls": "steps in which own V falls",
-        "stays": "in own region at time 40",
-        "arrives": "own V < 0.1 at time 40",
+        "stays": "in own region at time 200",
+        "arrives": "own V < 0.1 at time 200",
     }
-    of_the_network = "pairs of regions that meet between their equilibria | median certified radius"
+    of_the_network = (
+        "equilibria that attract | pairs of regions that meet between their equilibria | median certified radius"
+    )
     yield f"| states of a Zubov-Net | {' | '.join(shares.values())} | {of_the_network} |"
-    yield "|---" * (len(shares) + 3) + "|"
+    yield "|---" * (len(shares) + 4) + "|"
     for row, found in rows.items():
-        meeting = _percent([result["meeting"] for result in found])
+        of_all = " | ".join(_percent([result[name] for result in found]) for name in ("attracting", "meeting"))
         radius = f"{statistics.fmean(result['certified']['median'] for result in found):.1e}"
         for name in ("train", "test"):
             values = [_percent([result["regions"][name][share] for result in found]) for share in shares]
             of = f"{row}, {name} images" if len(rows) > 1 else f"of {name} images"
-            yield f"| {of} | {' | '.join(values)} | {meeting} | {radius if name == 'test' else ''} |"
+            yield f"| {of} | {' | '.join(values)} | {of_all} | {radius if name == 'test' else ''} |"
 
 
 def _found(cells: Sequence[Cell], folder: Path) -> Results:

@@ -1,4 +1,4 @@
-"""Prescribed and simulated regions of attraction side by side."""
+"""Prescribed and simulated regions of attraction side by side; V along trajectories."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure  # without pyplot: no global state, no display
 from torch import Tensor
 
+from robust_node_fast.zubov.following import Followed
 from robust_node_fast.zubov.planar import Regions
 
-__all__ = ["side_by_side"]
+__all__ = ["over_time", "side_by_side"]
 
 COLOURS = ("#2a6f97", "#d1602b", "#5a8f3c", "#8a5fa8")
 
@@ -45,5 +46,21 @@ def side_by_side(title: str, rows: Mapping[str, Regions], labels: Tensor, path: 
             axis.scatter(*regions.equilibria.T.numpy(), s=60, marker="x", color="black")
             axis.set(xlim=box[:2], ylim=box[2:])
             axis.set_title(what, fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=72, format="png")
+
+
+def over_time(title: str, found: Followed, path: Path) -> None:
+    """The own V and the smallest other one over time: median, and from the 10th to the 90th percentile; a PNG."""
+    figure = Figure(figsize=(4.4, 3.2), layout="constrained")
+    axis = figure.subplots()
+    for value, colour, name in ((found.own, COLOURS[0], "own class"), (found.other, COLOURS[1], "nearest other class")):
+        low, middle, high = value.nan_to_num(nan=torch.inf).clamp(1e-6, 1e6).quantile(torch.tensor([0.1, 0.5, 0.9]), 1)
+        axis.plot(found.times, middle.numpy(), color=colour, label=name)
+        axis.fill_between(found.times, low.numpy(), high.numpy(), color=colour, alpha=0.25, linewidth=0)
+    axis.axhline(1.0, color="black", linewidth=0.8, linestyle="--")
+    axis.set_xscale("symlog", linthresh=1.0)
+    axis.set(yscale="log", xlabel="time", ylabel="V", title=title, xlim=(0.0, found.times[-1]))
+    axis.legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=72, format="png")

@@ -20,7 +20,8 @@ __all__ = ["Regions", "regions", "regions_of"]
 class Regions:
     """Prescribed and simulated regions on a grid over the rectangle from ``low`` to ``high``, both ``(2,)``.
 
-    ``prescribed``, ``attracted``: bool ``(K, side^2)``; ``equilibria`` ``(K, 2)``; ``states`` ``(M, 2)`` of the data.
+    ``prescribed``, ``attracted``: bool ``(K, side^2)``; ``equilibria`` ``(K, 2)``; ``states`` ``(M, 2)`` of the data;
+    ``time`` and ``moving`` ``(side^2,)`` as ``Attraction``.
     """
 
     low: Tensor
@@ -30,6 +31,8 @@ class Regions:
     attracted: Tensor
     equilibria: Tensor
     states: Tensor
+    time: float
+    moving: Tensor
 
     @property
     def overlaps(self) -> list[float]:
@@ -72,7 +75,7 @@ def regions_of(
         vector_field: autonomous f, ``(M, 2) -> (M, 2)``.
         states: ``(M, 2)``; none will do.
         side: points along each side of the grid.
-        step_size: of the simulation, which covers 40 units of time.
+        step_size: of the simulation.
 
     Raises:
         TypeError, ValueError: as ``sample_boundary`` and ``attracted_to``.
@@ -82,6 +85,6 @@ def regions_of(
     low, high = around.amin(0), around.amax(0)
     low, high = low - 0.25 * (high - low), high + 0.25 * (high - low)
     grid, equilibria = plane(low, high, side), lyapunov.equilibria.detach()
-    end = attracted_to(vector_field, grid, equilibria, step_size=step_size, n_steps=round(40.0 / step_size))
-    classes = torch.arange(len(equilibria))[:, None]
-    return Regions(low, high, side, lyapunov(grid).T < 1.0, end == classes, equilibria, states)
+    end = attracted_to(vector_field, grid, equilibria, step_size=step_size)
+    attracted = end.nearest == torch.arange(len(equilibria))[:, None]
+    return Regions(low, high, side, lyapunov(grid).T < 1.0, attracted, equilibria, states, end.time, end.moving)

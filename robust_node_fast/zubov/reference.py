@@ -30,7 +30,8 @@ class _Network:
                 anchors[i] = anchors[i] + lyapunov.context_anchor[i](context)
                 keys[i] = keys[i] * (1.0 + lyapunov.context_gate[i](context))
         queries = [*(() if lyapunov.query is None else lyapunov.query[k]), lyapunov.readout_query[k]]
-        attention = [torch.softmax(q @ key.T / key.shape[1] ** 0.5, 1) for q, key in zip(queries, keys, strict=True)]
+        scores = [q @ key.T / key.shape[1] ** 0.5 for q, key in zip(queries, keys, strict=True)]
+        attention = [torch.softmax(s, 1) if lyapunov.normalized else F.softplus(s) / width for s in scores]
         self.attention, self.readout = attention[:-1], attention[-1][0] * lyapunov.log_scale[k].exp()
         self.biases = [anchor - weight @ self.equilibrium for anchor, weight in zip(anchors, self.weights, strict=True)]
         for i in range(1, depth):
