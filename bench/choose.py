@@ -142,7 +142,7 @@ def read(path: Path) -> list[Row]:
 
 def write(path: Path, rows: list[Row]) -> None:
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*COLUMNS, *ABOUT])
+        writer = csv.DictWriter(file, [*COLUMNS, *ABOUT], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 

@@ -47,6 +47,7 @@ SERVER.set_forkserver_preload(
     ["robust_node_fast.training", "sklearn.datasets", "sklearn.model_selection", "torch._dynamo"]
 )
 VECTORS = {"steps": None, "n_steps": 2, "lr": 0.01}
+NO_RAYS = {"consistency": 0.0, "separation": 0.0, "arrival": 0.0}  # random ones, others in every process
 Hook = Callable[[int, int], None]  # (rank, step)
 
 
@@ -151,14 +152,11 @@ EVERYTHING = {
         ({**STAGED, "accumulate": 2}, 2),
         ({**STAGED, "model": "StridedNode", "network": "vanilla", "certified_eps": 0.05}, 2),
         ({**VECTORS, "model": "lyanet"}, 2),
-        (
-            {**VECTORS, "model": "zubov", "zubov": {"consistency": 0.0, "separation": 0.0, "spacing": 10.0}},
-            2,
-        ),  # without random rays
+        ({**VECTORS, "model": "zubov", "zubov": {**NO_RAYS, "spacing": 10.0}}, 2),
         ({**STAGED, "model": "MNISTNode", "accumulate": 2, "shard": True}, 2),
         ({**EVERYTHING, "shard": True}, 2),
         ({**STAGED, "model": "StridedNode", "network": "vanilla", "certified_eps": 0.05, "shard": True}, 3),
-        ({**VECTORS, "model": "zubov", "zubov": {"consistency": 0.0, "separation": 0.0}, "shard": True}, 2),
+        ({**VECTORS, "model": "zubov", "zubov": NO_RAYS, "shard": True}, 2),
     ],
     ids=[
         *("penalty", "accumulated", "everything", "batch norm", "certified", "lyanet", "zubov"),

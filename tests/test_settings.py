@@ -35,7 +35,9 @@ def test_departures_of_recipes_are_listed() -> None:
     assert found["epochs"] == "5; digits: 30; cifar10: 100; certified digits/mnist: 36; certified fashionmnist: 90"
     assert found["grad_clip"] == "0.0; cifar10: 0.5; certified: 5.0; large-batch: 0.0; zubov colour: 5.0"
     assert found["steps"].endswith("zubov cifar10/cifar100: 78200; zubov svhn: 114600; zubov plane: 4000")
-    assert found["zubov.backbone"] == "conv; zubov colour: resnet18; zubov plane: identity"
+    assert (
+        found["zubov.backbone"] == "conv; zubov colour: resnet18; zubov moons/rings: mlp; zubov blobs/blobs3: identity"
+    )
 
 
 def test_a_misspelled_name_is_one_sentence() -> None:

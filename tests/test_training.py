@@ -644,13 +644,12 @@ def test_an_epoch_that_is_cut_short_is_tested(tmp_path: Path) -> None:
 
 
 def test_weights_of_zubov_losses_can_be_zero(tmp_path: Path) -> None:
-    config = vectors(
-        "zubov", steps=2, zubov={"consistency": 0.0, "separation": 0.0, "containment": 0.0, "spacing": 0.0}
-    )
+    others = ("consistency", "separation", "containment", "spacing", "exclusion", "arrival")
+    config = vectors("zubov", steps=2, zubov=dict.fromkeys(others, 0.0))
     folder = start(tmp_path / "run", config)
     training.fit(folder, DIGITS)
     last = training.last_step(folder)
-    assert (last["consistency"], last["separation"], last["containment"]) == (0.0, 0.0, 0.0)
+    assert [last[name] for name in others] == [0.0] * len(others)
     assert last["loss"] == last["classification"] > 0.0
 
 
@@ -746,7 +745,7 @@ def test_certified_training_pays(tmp_path: Path) -> None:
         ({"zubov": {"n_rays": 0}}, "zubov.n_rays=0 is too small"),
         ({"zubov": {"reach": -0.1}}, "zubov.reach=-0.1 is out of range, expected a number >= 0"),
         ({"zubov": {"floor": 0.0}}, "zubov.floor=0.0 is out of range, expected a number > 0"),
-        ({"zubov": {"attention": "none"}}, "zubov.attention='none' is unknown"),
+        ({"zubov": {"attention": "some"}}, "zubov.attention='some' is unknown"),
         ({"zubov": dict.fromkeys(("consistency", "classification", "separation"), 0.0)}, "zubov's weights are all 0"),
     ],
 )

@@ -348,7 +348,7 @@ class TrainConfig:
         chosen = CHOSEN.get((dataset, model), {}) if recipe == "zubov" else {}
         settings = {**known[dataset], **chosen, **changes}
         if not isinstance(settings.get("zubov"), ZubovConfig):
-            own = {**known[dataset].get("zubov", {}), **chosen.get("zubov", {})}
+            own = known[dataset].get("zubov", {})
             if settings.get("model") != "zubov":  # the networks beside it have no Lyapunov functions
                 own = {name: own[name] for name in BESIDE_ZUBOV if name in own}
             settings["zubov"] = {**own, **changes.get("zubov", {})}
