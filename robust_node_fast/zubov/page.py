@@ -59,7 +59,7 @@ def draw(cells: Sequence[Cell], folder: Path) -> list[Path]:
             curves.over_radius(part, radii, series, {"AutoAttack": (radii[2], strongest)}, drawn[-1])
         of_zubov_nets = {row: found for row, found in rows.items() if found and row.split(", ")[0] == "zubov"}
         changed = {row.partition(", ")[2] or "all of it": found for row, found in of_zubov_nets.items()}
-        if len(changed) > 1:
+        if len(changed) > 2:
             chosen = [column for column in _columns(part) if column[1] in ("clean", "autoattack", "pgd")]
             bars = {heading: {row: _all(f, name, at) for row, f in changed.items()} for heading, name, at in chosen}
             drawn.append(folder / f"{part}_changed.png")
@@ -207,7 +207,7 @@ def _regions(rows: Mapping[str, Results]) -> Iterator[str]:
         "arrives": "own V < 0.1 at time 200",
     }
     of_the_network = (
-        "equilibria that attract | pairs of regions that meet between their equilibria | median certified radius"
+        "x* with stable df/dx | pairs of regions that meet between their equilibria | median certified radius"
     )
     yield f"| states of a Zubov-Net | {' | '.join(shares.values())} | {of_the_network} |"
     yield "|---" * (len(shares) + 4) + "|"
