@@ -322,10 +322,11 @@ def test_figures_of_the_zubov_nets_come_from_the_committed_results() -> None:
     assert_says(
         "docs/zubov.md",
         f"{state('digits')}% (digits), {state('mnist')}% (MNIST) and {state('fashionmnist')}% (FashionMNIST) of the",
+        f"on CIFAR-10, with small networks, {state('cifar10')}% |",
         f"{state('digits')}% of the first states of test images on digits, {state('mnist')}% on MNIST and "
         f"{state('fashionmnist')}% on FashionMNIST are in the region of their class at time 200",
-        f"at first, and {state('digits', row='zubov, no arrival')}% and "
-        f"{state('mnist', row='zubov, no arrival')}% still at time 200",
+        f"at first, and {state('digits', row='zubov, no arrival')}%, {state('mnist', row='zubov, no arrival')}% and "
+        f"{state('fashionmnist', row='zubov, no arrival')}% still at time 200",
         f"leaves {without('no arrival')} on digits instead of {kept('digits')}%. On MNIST it is "
         f"{kept('mnist', 'zubov, no arrival')}% instead of {kept('mnist')}%, but "
         f"{kept('mnist', 'zubov, consistency 100, no arrival')}% with a weight of consistency of 100",
@@ -347,7 +348,7 @@ def test_figures_of_the_zubov_nets_come_from_the_committed_results() -> None:
         "README.md",
         f"{state('digits')}, {state('mnist')} and {state('fashionmnist')}% of the test images' states",
         f"(AutoAttack at 0.1: {kept('digits')}%, the next {kept('digits', 'contractive-node')}%)",
-        f"keeps {without('no arrival')} there",
+        f"keeps {without('no arrival')} on digits",
     )
 
 
@@ -374,5 +375,5 @@ def test_figures_of_the_regions_in_the_plane_come_from_the_committed_results() -
             assert content is not None
             found += content["after"]["iou"]
     assert len(found) == 3 * (2 + 2 + 3 + 2)  # classes
-    assert_says("docs/zubov.md", f"IoU {min(found):.2f} to {max(found):.2f} in every class of")
+    assert_says("docs/zubov.md", f"IoU {min(found):.3f} to {max(found):.3f} in every class of")
     assert_says("README.md", f"(IoU {min(found):.2f} and more after 4,000 steps, three seeds)")

@@ -88,7 +88,7 @@ _PLANE: Mapping[str, Any] = {
     "floor": 0.3,
 }
 # States well within their regions, and the equation in earnest near x* too (arrival): without the one they stay on the
-# boundary, without the other x* attracts hardly anything for long. Found on digits, by what V does along trajectories
+# boundary, without the other x* repels, slowly. Found on digits, by what V does along trajectories
 # of images that were held out, and there on MNIST and FashionMNIST. Spacing keeps regions from growing into each other,
 # exclusion the first states out of what they share beside the segments between equilibria.
 _IMAGES: Mapping[str, Any] = {
@@ -150,7 +150,8 @@ RECIPES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "large-batch": _LARGE_BATCH,
     "zubov": _ZUBOV,
 }
-# Of the networks beside Zubov-Nets, where other values were the best (bench/choose.py).
+# Of the networks beside Zubov-Nets, where other values were the best (bench/choose.py); those of the small networks on
+# CIFAR-10 are in zubov/experiments.py.
 CHOSEN: Mapping[tuple[str, str], Mapping[str, Any]] = {
     ("digits", "resnet"): {"lr": 1e-2},
     ("digits", "node"): {"lr": 1e-2},

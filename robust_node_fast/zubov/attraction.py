@@ -19,7 +19,7 @@ class Attraction(NamedTuple):
     """What a simulation found.
 
     ``nearest``: ``(M,)`` int64, which equilibrium states end at, or -1: another attractor, states on their way or gone
-    (which may overflow). ``moving``: ``(M,)`` bool, not yet at rest anywhere. ``time``: how long it was simulated.
+    (which may overflow). ``moving``: ``(M,)`` bool, not at rest anywhere, or gone. ``time``: how long it was simulated.
     """
 
     nearest: Tensor
@@ -66,7 +66,7 @@ def attracted_to(
     state, time, known, was = points, 0.0, None, None
     while True:
         until, last = max(FIRST, 2.0 * time), state
-        for _ in range(round((until - time) / step_size)):
+        for _ in range(max(1, round((until - time) / step_size))):
             last, state = state, state + step_size * vector_field(state)
         time = until
         distance, nearest = torch.cdist(state, equilibria).min(1)

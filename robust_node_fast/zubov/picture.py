@@ -55,7 +55,9 @@ def over_time(title: str, found: Followed, path: Path) -> None:
     figure = Figure(figsize=(4.4, 3.2), layout="constrained")
     axis = figure.subplots()
     for value, colour, name in ((found.own, COLOURS[0], "own class"), (found.other, COLOURS[1], "nearest other class")):
-        low, middle, high = value.nan_to_num(nan=torch.inf).clamp(1e-6, 1e6).quantile(torch.tensor([0.1, 0.5, 0.9]), 1)
+        low, middle, high = (
+            value.nan_to_num(nan=torch.inf).clamp(1e-6, 1e6).float().quantile(torch.tensor([0.1, 0.5, 0.9]), 1)
+        )
         axis.plot(found.times, middle.numpy(), color=colour, label=name)
         axis.fill_between(found.times, low.numpy(), high.numpy(), color=colour, alpha=0.25, linewidth=0)
     axis.axhline(1.0, color="black", linewidth=0.8, linestyle="--")
