@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -387,6 +388,33 @@ def test_round_trip(tmp_path: Path) -> None:
         assert loaded[name].dtype == tensor.dtype
         assert torch.equal(loaded[name], tensor)
     assert load_file(path).keys() == tensors.keys()  # anyone can read it
+
+
+def test_a_checkpoint_that_is_replaced_meanwhile_is_read_whole(tmp_path: Path) -> None:
+    """As by `rnf evaluate` beside a training that goes on: the old one or the new one, never parts of both."""
+    path = tmp_path / "checkpoint.safetensors"
+    writer = """
+import itertools, sys, torch
+from pathlib import Path
+from robust_node_fast.training import checkpoint
+for k in itertools.count():
+    checkpoint.save(Path(sys.argv[1]), {"a": torch.full((2000,), float(k))}, {"step": k})
+"""
+    process = subprocess.Popen([sys.executable, "-c", writer, str(path)])
+    try:
+        deadline = time.monotonic() + 60.0
+        while not path.exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        steps = set()
+        end = time.monotonic() + 2.0
+        while time.monotonic() < end:
+            tensors, state = checkpoint.load(path)
+            assert bool((tensors["a"] == state["step"]).all())
+            steps.add(state["step"])
+    finally:
+        process.kill()
+        process.wait()
+    assert len(steps) > 10
 
 
 def test_every_flipped_byte_is_noticed(tmp_path: Path) -> None:
