@@ -423,13 +423,13 @@ def _after(
 
 
 def _describe(regions: planar.Regions) -> dict[str, Any]:
+    prescribed = regions.prescribed.any(0)
     return {
         "iou": regions.overlaps,
         "prescribed_cells": regions.prescribed.sum(1).tolist(),
         "attracted_cells": regions.attracted.sum(1).tolist(),
         "time": regions.time,
-        "moving": float((regions.moving & regions.prescribed.any(0)).sum())
-        / max(1, int(regions.prescribed.any(0).sum())),
+        "moving": int((regions.moving & prescribed).sum()) / max(1, int(prescribed.sum())),
         "shared": regions.shared,
     }
 
@@ -438,10 +438,6 @@ def _evaluated(
     cell: Images, net: nn.Module, dataset: data.Dataset, image: Path, on_progress: OnProgress
 ) -> dict[str, Any]:
     seed = cell.config.seed
-    regions = None
-    if isinstance(net, ZubovNet):
-        regions, further = _regions(net, dataset)
-        picture.over_time(label(cell), further, image)
     bare = contenders.bare_backbone(net, dataset.train_images, dataset.train_labels, data.num_classes(cell.part))
     test = (dataset.test_images, dataset.test_labels)
     report = robustness.evaluate(
@@ -459,11 +455,18 @@ def _evaluated(
     images, labels = (tensor[: cell.attacked] for tensor in test)
     with torch.no_grad():
         right = [bare(x).argmax(1) == y for x, y in zip(*(torch.split(part, 512) for part in test), strict=True)]
+    of_a_zubov_net: dict[str, Any] = dict.fromkeys(("regions", "meeting", "attracting", "certified"))
+    if isinstance(net, ZubovNet):
+        regions, further = _regions(net, dataset)
+        picture.over_time(label(cell), further, image)
+        of_a_zubov_net = {
+            "regions": regions,
+            "meeting": _meeting(net.lyapunov),
+            "attracting": _attracting(net),
+            "certified": _certified(net, images, labels, seed),
+        }
     return {
-        "regions": regions,
-        "meeting": _meeting(net.lyapunov) if isinstance(net, ZubovNet) else None,
-        "attracting": _attracting(net) if isinstance(net, ZubovNet) else None,
-        "certified": _certified(net, images, labels, seed) if isinstance(net, ZubovNet) else None,
+        **of_a_zubov_net,
         "bare_accuracy": float(torch.cat(right).double().mean()),
         "margin": {str(radius): margin_attack(net, images, labels, radius, seed) for radius in cell.eps},
         "autoattack": {str(cell.middle): _autoattack(net, images, labels, cell, on_progress)},

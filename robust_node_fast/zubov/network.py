@@ -32,7 +32,8 @@ class DenseFlow(nn.Module):
     Input ``(B, dim)``; output ``(B, dim)``, or the trajectory ``(N + 1, B, dim)``.
 
     Raises:
-        TypeError, ValueError: a size that is not a positive int, a step size that is 0 or not finite.
+        TypeError, ValueError: a size that is not a positive int, a step size that is 0 or not finite; an input of
+            another shape.
 
     Source: arXiv 2509.21879 has a Neural ODE on features; this right-hand side is our reading.
     """
